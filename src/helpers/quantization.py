@@ -5,6 +5,7 @@ Called by notebooks and `runtimes`; calls `models`.
 """
 
 import copy
+import io
 import warnings
 from pathlib import Path
 
@@ -188,3 +189,10 @@ def _outputs(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Te
 def agreement(first: np.ndarray, second: np.ndarray) -> float:
     """Fraction of images on which two arrays of predicted classes agree, in [0, 1]."""
     return float((first == second).mean())
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of `torch.save(model.state_dict())`, the file that an eager PyTorch model is usually shipped as."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getbuffer().nbytes
