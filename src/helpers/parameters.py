@@ -137,11 +137,12 @@ def declared_parameters(notebook: str, folder: Path = Path("notebooks")) -> list
     raise StudyError(f"{notebook} has no cell tagged parameters.")
 
 
-def ensure(record: Path, notebook: str, parameters: Mapping[str, Any], **chosen: Any) -> None:
+def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **chosen: Any) -> None:
     """Run `notebook` if its `record` is missing, with those of `parameters` that it declares, so that any notebook runs alone.
 
     chosen: parameters that win over `parameters`. The executed notebook is kept beside the record's folder.
     """
+    record = Path(record)
     if record.exists():
         return
     import papermill

@@ -120,6 +120,25 @@ def save_record(
     return path
 
 
+def accuracy_row(
+    of: Mapping[str, Any], arm: str, runtime: str, data: str, correct: int, n: int, interval: tuple[float, float], engine: str = ""
+) -> dict[str, Any]:
+    """One row of accuracy.csv for the test split. of: holds arch, recipe and seed; interval: (low, high) in [0, 1]."""
+    return {
+        **{key: of[key] for key in ("arch", "recipe", "seed")},
+        **{"arm": arm, "runtime": runtime, "engine": engine, "data": data, "split": "test", "n": n, "correct": correct},
+        **{"accuracy": correct / n, "ci_low": interval[0], "ci_high": interval[1]},
+    }
+
+
+def size_row(arch: str, arm: str, runtime: str, parameters: int, weight_bytes: int, artifact_bytes: int) -> dict[str, Any]:
+    """One row of size.csv."""
+    return {
+        **{"arch": arch, "arm": arm, "runtime": runtime, "parameters": parameters},
+        **{"weight_bytes": weight_bytes, "artifact_bytes": artifact_bytes},
+    }
+
+
 def prediction_key(arm: str, runtime: str, engine: str = "") -> str:
     """Name of one array in a predictions file, for example ptq-eager-fbgemm."""
     return "-".join(part for part in (arm, runtime, engine) if part)
