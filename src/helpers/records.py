@@ -95,7 +95,7 @@ def save_record(
     """Write what one run found: `run_dir`/records/`run_id`.json and, with `predictions`, the .npz beside it.
 
     data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
-    predictions: see `prediction_key`; uint8 [n], the predicted class of each test image. The JSON is written last and
+    predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`). The JSON is written last and
     whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
     """
     run = {

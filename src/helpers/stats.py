@@ -1,7 +1,7 @@
 """Intervals and paired tests: pure functions of counts and arrays."""
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 from statsmodels.stats.proportion import proportion_confint
 
 
@@ -15,6 +15,18 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
         raise ValueError(f"{correct} correct of {n} is impossible")
     low, high = proportion_confint(correct, n, alpha=1 - confidence, method="wilson")
     return float(low), float(high)
+
+
+def seeds_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval for the mean accuracy over training seeds. values: float [seeds], at least two, one accuracy a seed.
+
+    Returns (low, high). Raises ValueError for fewer than two values. Source: Student, Biometrika 6 (1908).
+    """
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} seeds: at least two are needed")
+    mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
+    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * error
+    return float(mean - half), float(mean + half)
 
 
 def mcnemar_exact(first_correct: np.ndarray, second_correct: np.ndarray) -> float:
