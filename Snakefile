@@ -1,0 +1,188 @@
+# The study as a DAG: data -> train -> ptq, qat -> jit, onnx_openvino -> benchmark -> analysis -> book.
+# Every rule is one papermill command that also works when typed by hand. A record is a rule's output: it is written
+# last and whole. Executed notebooks are logs, so that a failed one is kept with its traceback.
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from helpers.parameters import load_profile
+
+NAME = config.get("profile", "quick")
+PROFILE = load_profile(NAME)
+RUN = f"runs/{NAME}"
+FIRST = {"arch": PROFILE.archs[0], "recipe": PROFILE.recipes[0], "seed": PROFILE.seeds[0]}
+MODELS = len(PROFILE.archs) * len(PROFILE.recipes) * len(PROFILE.seeds)
+
+PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar --log-output "
+RECORD = RUN + "/records/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.json"
+EXECUTED = RUN + "/notebooks/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.ipynb"
+
+# Models train side by side when there are several; two threads each are enough for 32x32 images.
+threads_each = max(1, min(4, workflow.cores // MODELS)) if workflow.cores else 1
+
+
+def parameters(notebook):
+    """The inline YAML of one papermill command (JSON is YAML)."""
+
+    def of(wildcards):
+        chosen = {"arch": wildcards.arch, "recipe": wildcards.recipe, "seed": int(wildcards.seed)}
+        return shlex.quote(json.dumps(PROFILE.arguments(notebook, NAME, **chosen)))
+
+    return of
+
+
+def records(notebook, **only):
+    """Records of a notebook for all models of the profile, or for those that `only` names."""
+    chosen = {"arch": PROFILE.archs, "recipe": PROFILE.recipes, "seed": PROFILE.seeds} | only
+    return expand(RUN + "/records/" + notebook + "-{arch}-{recipe}-s{seed}.json", **chosen)
+
+
+localrules:
+    all,
+
+
+wildcard_constraints:
+    arch="resnet[0-9]+",
+    recipe="[a-z_]+",
+    seed="[0-9]+",
+
+
+rule all:
+    input:
+        f"{RUN}/book/_build/html/index.html",
+
+
+rule train:
+    input:
+        notebook="notebooks/01_train.ipynb",
+    output:
+        update(RECORD.format(notebook="01_train")),
+    log:
+        EXECUTED.format(notebook="01_train"),
+    params:
+        parameters("01_train"),
+    threads: threads_each
+    resources:
+        mem_mb=4000,
+        gpu=config.get("gpu", 0),
+    shell:
+        PAPERMILL + "{input.notebook} {log} -y {params}"
+
+
+rule ptq:
+    input:
+        rules.train.output,
+        notebook="notebooks/02_ptq.ipynb",
+    output:
+        update(RECORD.format(notebook="02_ptq")),
+    log:
+        EXECUTED.format(notebook="02_ptq"),
+    params:
+        parameters("02_ptq"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+    shell:
+        PAPERMILL + "{input.notebook} {log} -y {params}"
+
+
+rule qat:
+    input:
+        rules.train.output,
+        notebook="notebooks/03_qat.ipynb",
+    output:
+        update(RECORD.format(notebook="03_qat")),
+    log:
+        EXECUTED.format(notebook="03_qat"),
+    params:
+        parameters("03_qat"),
+    threads: threads_each
+    resources:
+        mem_mb=4000,
+        gpu=config.get("gpu", 0),
+    shell:
+        PAPERMILL + "{input.notebook} {log} -y {params}"
+
+
+rule jit:
+    input:
+        rules.ptq.output,
+        rules.qat.output,
+        notebook="notebooks/04_jit.ipynb",
+    output:
+        update(RECORD.format(notebook="04_jit")),
+    log:
+        EXECUTED.format(notebook="04_jit"),
+    params:
+        parameters("04_jit"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+    shell:
+        PAPERMILL + "{input.notebook} {log} -y {params}"
+
+
+rule onnx_openvino:
+    input:
+        rules.ptq.output,
+        rules.qat.output,
+        notebook="notebooks/05_onnx_openvino.ipynb",
+    output:
+        update(RECORD.format(notebook="05_onnx_openvino")),
+    log:
+        EXECUTED.format(notebook="05_onnx_openvino"),
+    params:
+        parameters("05_onnx_openvino"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+    shell:
+        PAPERMILL + "{input.notebook} {log} -y {params}"
+
+
+# The benchmark waits until nothing else is left to do, and claims every core: it has the machine to itself.
+rule benchmark:
+    input:
+        *(records(notebook) for notebook in ("04_jit", "05_onnx_openvino")),
+        notebook="notebooks/06_benchmark.ipynb",
+    output:
+        update(RECORD.format(notebook="06_benchmark")),
+    log:
+        EXECUTED.format(notebook="06_benchmark"),
+    params:
+        parameters("06_benchmark"),
+    threads: workflow.cores or 1
+    resources:
+        mem_mb=4000,
+    shell:
+        PAPERMILL + "{input.notebook} {log} -y {params}"
+
+
+rule analysis:
+    input:
+        records("06_benchmark", recipe=FIRST["recipe"], seed=FIRST["seed"]),
+        reference="book/reference_study.csv",
+        notebook="notebooks/07_analysis.ipynb",
+    output:
+        update(f"{RUN}/book/results/headline.md"),
+    log:
+        f"{RUN}/notebooks/07_analysis.ipynb",
+    params:
+        shlex.quote(json.dumps(PROFILE.arguments("07_analysis", NAME))),
+    resources:
+        mem_mb=4000,
+    shell:
+        PAPERMILL + "{input.notebook} {log} -y {params}"
+
+
+rule book:
+    input:
+        rules.analysis.output,
+        sorted(str(page) for page in Path("book").glob("*.*")),
+    output:
+        update(f"{RUN}/book/_build/html/index.html"),
+    params:
+        chapters=lambda _: " ".join(f"{FIRST[key]}" for key in ("arch", "recipe", "seed")),
+    shell:
+        f"{shlex.quote(sys.executable)} -m helpers.book {RUN} {{params.chapters}}"

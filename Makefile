@@ -1,0 +1,34 @@
+# make study [PROFILE=quick|cifar10|reference] · make test · make book · make lint · make bench · make repository URL=...
+PROFILE ?= quick
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: study test book lint bench repository
+
+study: $(BIN)/installed
+	$(BIN)/python -m helpers.study $(PROFILE)
+
+test: $(BIN)/installed
+	$(BIN)/python -m pytest
+
+book: $(BIN)/installed
+	$(BIN)/python -m helpers.book published
+
+lint: $(BIN)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
+
+bench: $(BIN)/installed
+	$(BIN)/python -m helpers.bench
+
+repository: $(BIN)/installed
+	$(BIN)/python -m helpers.repository $(URL)
+
+# The marker is made last: an installation that was interrupted is taken up again.
+$(BIN)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else 'Python 3.11 to 3.13 is needed, this is ' + sys.version.split()[0] + '; name another one: make PYTHON=python3.11 ...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[study,dev]"
+	touch $@
