@@ -43,7 +43,7 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
 
 def build(book: Path) -> Path:
     """Build the HTML; every warning is an error. Returns the first page. Raises StudyError with what went wrong."""
-    command = [sys.executable, "-m", "jupyter_book", "build", str(book), "-W", "-n", "--keep-going", "--quiet"]
+    command = [str(Path(sys.executable).parent / "jupyter-book"), "build", str(book), "-W", "-n", "--keep-going", "--quiet"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise StudyError(f"{book} could not be built:\n{result.stdout[-2000:]}{result.stderr[-4000:]}")
