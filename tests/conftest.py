@@ -1,0 +1,38 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _from_the_top_folder(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def run(*command, cwd=ROOT, **environment):
+    """Run a command; the finished process with its output as text."""
+    settings = {k: v for k, v in os.environ.items() if k != "CIFAR10_ROOT"} | environment
+    return subprocess.run([str(part) for part in command], cwd=cwd, env=settings, capture_output=True, text=True)
+
+
+def papermill(notebook, output, *arguments, **environment):
+    """Run one notebook in batch."""
+    return run(
+        sys.executable, "-m", "papermill", "--no-progress-bar", f"notebooks/{notebook}.ipynb", output, *arguments, **environment
+    )
+
+
+@pytest.fixture(scope="session")
+def smoke():
+    """The whole study, smoke profile, from nothing: its run directory."""
+    import shutil
+
+    shutil.rmtree(ROOT / "runs" / "smoke", ignore_errors=True)
+    done = run(sys.executable, "-m", "helpers.study", "smoke")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert done.stdout.splitlines()[-1].endswith("index.html")
+    return ROOT / "runs" / "smoke"

@@ -1,0 +1,113 @@
+import functools
+import http.server
+import shutil
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlparse
+
+import nbformat
+import pytest
+
+from conftest import ROOT
+from helpers.parameters import NOTEBOOKS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NO_BROWSER = "no Chromium on this machine (Debian: apt-get install chromium chromium-driver)"
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def site(smoke):
+    """The smoke book, served on this machine: (address, folder)."""
+    folder = smoke / "book" / "_build" / "html"
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", folder
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = shutil.which("chromedriver")
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver) if driver else None)
+    yield browser
+    browser.quit()
+
+
+def pages(folder):
+    skipped = {"genindex.html", "search.html"}
+    found = sorted(p.relative_to(folder) for p in folder.rglob("*.html") if "_static" not in p.parts)
+    return [page for page in found if page.name not in skipped]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
+@pytest.mark.parametrize("width", [1400, 390])
+def test_every_page_loads_with_its_pictures_without_errors_and_fits_the_screen(site, browser, width):
+    address, folder = site
+    assert len(pages(folder)) >= 12
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    )
+    for page in pages(folder):
+        browser.get(f"{address}/{page}")
+        errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert not errors, (page, errors)
+        broken = "return [...document.images].filter(i => i.loading != 'lazy' && !i.naturalWidth).map(i => i.src)"
+        assert browser.execute_script(broken) == [], page
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width + 1, page
+        unnamed = "return [...document.querySelectorAll('.bd-article img')].filter(i => !i.alt).map(i => i.src)"
+        assert browser.execute_script(unnamed) == [], page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
+def test_no_link_inside_the_book_is_broken(site, browser):
+    address, folder = site
+    for page in pages(folder):
+        browser.get(f"{address}/{page}")
+        links = browser.execute_script("return [...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href'))")
+        for link in links:
+            target, anchor = urldefrag(urljoin(f"{address}/{page}", link))
+            if urlparse(target).netloc == urlparse(address).netloc:
+                file = folder / unquote(urlparse(target).path).lstrip("/")
+                file = file / "index.html" if file.is_dir() else file
+                assert file.exists(), (page, link)
+                if anchor and file.suffix == ".html":
+                    assert f'id="{anchor}"' in file.read_text(), (page, link)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
+def test_the_first_page_shows_what_was_found(site, browser):
+    browser.get(f"{site[0]}/intro.html")
+    text = browser.find_element("css selector", ".bd-article").text
+    assert "resnet18" in text and "times faster than eager FP32" in text and "95 %" in text
+    assert len(browser.find_elements("css selector", ".bd-article table")) == 3
+
+
+def test_chapters_carry_the_code_of_their_notebooks(smoke):
+    book_chapters_are_current(smoke / "book" / "chapters")
+
+
+@pytest.mark.skipif(not (ROOT / "book" / "chapters").exists(), reason="no published chapters yet")
+def test_published_chapters_carry_the_code_of_their_notebooks():
+    book_chapters_are_current(ROOT / "book" / "chapters")
+
+
+def book_chapters_are_current(chapters: Path):
+    def code(path):
+        cells = nbformat.read(path, as_version=4).cells
+        return [c.source for c in cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+
+    for name in NOTEBOOKS:
+        assert code(chapters / f"{name}.ipynb") == code(ROOT / "notebooks" / f"{name}.ipynb"), name

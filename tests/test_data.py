@@ -1,0 +1,94 @@
+import io
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from helpers.data import augment, calibration_images, check_available, load_data, read_parquet
+from helpers.files import StudyError
+
+
+def write_cifar(folder, images, labels, encoding="PNG", columns=("img", "label")):
+    cells = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, encoding)
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    for part in ("train", "test"):
+        pq.write_table(pa.table(dict(zip(columns, [cells, labels], strict=True))), folder / f"{part}-0.parquet")
+
+
+@pytest.fixture
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+
+
+def test_png_parquet_gives_the_pixels_that_went_in(tmp_path, pictures):
+    write_cifar(tmp_path, pictures, [0, 1, 2, 3, 4, 9])
+    images, labels, lossy = read_parquet([tmp_path / "test-0.parquet"])
+    assert (images == pictures.transpose(0, 3, 1, 2)).all() and labels.tolist() == [0, 1, 2, 3, 4, 9] and not lossy
+
+
+def test_a_jpeg_copy_is_recognised_as_lossy(tmp_path, pictures):
+    write_cifar(tmp_path, pictures, [0] * 6, "JPEG")
+    assert read_parquet([tmp_path / "test-0.parquet"])[2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns", "said"), [([0] * 5 + [10], ("img", "label"), "0 to 9"), ([0] * 6, ("img", "fine_label"), "img and label")]
+)
+def test_foreign_parquet_ends_in_a_sentence(tmp_path, pictures, labels, columns, said):
+    write_cifar(tmp_path, pictures, labels, columns=columns)
+    with pytest.raises(StudyError, match=said):
+        load_data("cifar10", str(tmp_path), tmp_path / "cache")
+
+
+def test_truncated_parquet_ends_in_a_sentence(tmp_path, pictures):
+    write_cifar(tmp_path, pictures, [0] * 6)
+    path = tmp_path / "train-0.parquet"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(StudyError, match="not a readable parquet"):
+        load_data("cifar10", str(tmp_path), tmp_path / "cache")
+
+
+def test_no_data_names_the_three_ways(tmp_path):
+    with pytest.raises(StudyError, match=r"\(1\).*\(2\).*\(3\)"):
+        check_available("cifar10", str(tmp_path))
+
+
+def test_digits_splits_are_disjoint_and_the_hash_is_stable():
+    first, second = load_data("digits"), load_data("digits")
+    assert first.sha256 == second.sha256
+    assert [len(first.train), len(first.validation), len(first.test)] == [1257, 180, 360]
+    normalised = first.normalise(first.train.images)
+    assert abs(normalised.mean()) < 1e-3 and abs(normalised.std() - 1) < 1e-3
+
+
+def test_augment_only_shifts_and_mirrors():
+    images = torch.arange(2 * 3 * 8 * 8, dtype=torch.int32).view(2, 3, 8, 8).to(torch.uint8)
+    shifted = augment(images, torch.Generator().manual_seed(0), flip=True, pad=0)
+    for before, after in zip(images, shifted, strict=True):
+        assert torch.equal(before, after) or torch.equal(before.flip(2), after)
+    moved = augment(images[:1].expand(200, -1, -1, -1), torch.Generator().manual_seed(0), flip=False, pad=2)
+    padded = torch.nn.functional.pad(images[:1].float(), (2, 2, 2, 2), mode="reflect")[0].to(torch.uint8)
+    crops = {padded[:, y : y + 8, x : x + 8].numpy().tobytes() for y in range(5) for x in range(5)}
+    assert {picture.numpy().tobytes() for picture in moved} == crops
+
+
+def test_calibration_images_are_the_same_for_the_same_seed():
+    dataset = load_data("digits")
+    assert torch.equal(calibration_images(dataset, 8, 1), calibration_images(dataset, 8, 1))
+    assert not torch.equal(calibration_images(dataset, 8, 1), calibration_images(dataset, 8, 2))
+
+
+@pytest.mark.skipif(not os.environ.get("CIFAR10_ROOT"), reason="CIFAR10_ROOT is not set: no CIFAR-10 to read")
+def test_real_cifar10_is_balanced_and_its_cache_gives_the_same_pixels(tmp_path):
+    cold, cached = (load_data("cifar10", cache_dir=tmp_path) for _ in range(2))
+    assert cold.sha256 == cached.sha256 and [len(cold.train), len(cold.validation), len(cold.test)] == [45000, 5000, 10000]
+    assert cold.test.labels.bincount().tolist() == [1000] * 10
+    normalised = cold.normalise(cold.test.images)
+    assert normalised.mean().abs() < 0.1 and (normalised.std() - 1).abs() < 0.1

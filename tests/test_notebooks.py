@@ -1,0 +1,141 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import nbformat
+import pandas as pd
+import pytest
+
+from conftest import ROOT, papermill, run
+from helpers.parameters import NOTEBOOKS
+from helpers.records import ARMS, read_results
+from helpers.repository import repository_url, rewrite
+from helpers.runtimes import RUNTIMES
+
+SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in NOTEBOOKS}
+
+
+def cells(name, tag):
+    return [cell for cell in SOURCES[name].cells if tag in cell.metadata.get("tags", [])]
+
+
+def test_notebooks_are_the_numbered_ones_and_carry_no_outputs():
+    assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == list(NOTEBOOKS)
+    for name, notebook in SOURCES.items():
+        for cell in notebook.cells:
+            assert cell.cell_type == "markdown" or (not cell.outputs and cell.execution_count is None), name
+
+
+def test_every_notebook_has_the_same_setup_one_parameters_cell_and_a_badge_of_its_own():
+    url = repository_url(ROOT)
+    assert len({cells(name, "setup")[0].source for name in NOTEBOOKS}) == 1
+    assert url in cells("01_train", "setup")[0].source
+    for name in NOTEBOOKS:
+        assert len(cells(name, "parameters")) == 1, name
+        for line in cells(name, "parameters")[0].source.splitlines():
+            assert re.fullmatch(r"\w+: (int|str|list) = .+  # .+", line), (name, line)
+        owner = url.removeprefix("https://github.com/")
+        assert f"colab.research.google.com/github/{owner}/blob/main/notebooks/{name}.ipynb" in SOURCES[name].cells[0].source
+
+
+def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
+    tables = read_results(smoke / "book" / "results")
+    accuracy, latency = tables["accuracy"], tables["latency"]
+    assert set(accuracy.arm) == set(ARMS) and set(accuracy.runtime) == set(RUNTIMES)
+    assert set(latency.engine) == {"", "fbgemm", "x86"}
+    assert (latency[(latency.arm == "fp32") & (latency.runtime == "eager")].speedup == 1).all()
+    assert accuracy.ci_low.le(accuracy.accuracy).all() and accuracy.ci_high.ge(accuracy.accuracy).all()
+    assert (accuracy.correct / accuracy.n == accuracy.accuracy).all()
+    for table, rows in (("table1", 6), ("table2", 4)):
+        assert len(pd.read_html(smoke / "book" / "results" / f"{table}.md")[0]) == rows
+
+
+def test_a_second_study_finds_everything_done(smoke):
+    before = {path: path.stat().st_mtime_ns for path in (smoke / "records").iterdir()}
+    started = time.monotonic()
+    done = run(sys.executable, "-m", "helpers.study", "smoke")
+    assert done.returncode == 0 and time.monotonic() - started < 60
+    assert before == {path: path.stat().st_mtime_ns for path in (smoke / "records").iterdir()}
+
+
+def test_two_studies_in_one_run_directory_are_refused(smoke):
+    from filelock import FileLock
+
+    with FileLock(smoke / ".lock"):
+        done = run(sys.executable, "-m", "helpers.study", "smoke")
+    assert done.returncode != 0 and "Another study is running" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_missing_data_ends_the_study_before_it_starts(tmp_path):
+    done = run(sys.executable, "-m", "helpers.study", "cifar10", CIFAR10_ROOT=tmp_path)
+    assert done.returncode != 0 and "(3) leave both unset" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-p", "epochs", "ten"], "epochs is 'ten'"),
+        (["-p", "epoch", "3"], "epoch is not a parameter"),
+        (["-p", "arch", "resnet19"], "arch is 'resnet19'"),
+    ],
+)
+def test_a_wrong_parameter_ends_in_one_sentence_and_no_work(tmp_path, arguments, said):
+    done = papermill("01_train", tmp_path / "out.ipynb", "-p", "run_dir", tmp_path / "run", *arguments)
+    assert done.returncode != 0
+    assert said in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_run_leaves_the_earlier_record(smoke, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(smoke / "records", run_dir / "records")
+    shutil.copytree(smoke / "weights", run_dir / "weights")
+    (run_dir / "weights" / "resnet18-tuned-s0-fp32.safetensors").write_bytes(b"damaged")
+    record = run_dir / "records" / "02_ptq-resnet18-tuned-s0.json"
+    before = record.read_bytes()
+    done = papermill("02_ptq", tmp_path / "out.ipynb", "-p", "run_dir", run_dir)
+    assert done.returncode != 0 and "not a whole safetensors file" in done.stderr
+    assert record.read_bytes() == before
+
+
+def test_the_cluster_path_of_snakemake_runs_the_same_file(smoke):
+    record = smoke / "records" / "02_ptq-resnet18-tuned-s0.json"
+    before = record.stat().st_mtime_ns
+    command = ["--executor", "cluster-generic", "--cluster-generic-submit-cmd", "bash", "--jobs", "1", "--cores", "1"]
+    done = run(
+        *(sys.executable, "-m", "snakemake", *command, "--nolock", "--latency-wait", "2", "--forcerun", "ptq"),
+        *("--until", "ptq", "--config", "profile=smoke"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert record.stat().st_mtime_ns > before
+
+
+def test_environment_yml_gives_the_versions_of_constraints():
+    import tomllib
+
+    import yaml
+
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert pip == ["--constraint constraints.txt", f"--editable .[{','.join(project['optional-dependencies'])}]"]
+    assert "python=3.11" in environment["dependencies"] and project["requires-python"] == ">=3.11"
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    asked = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    assert {re.split(r"[><=\[]", name)[0].lower() for name in asked} <= pinned
+
+
+def test_a_fork_s_url_reaches_every_place(tmp_path):
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    old = repository_url(tmp_path).removeprefix("https://github.com/")
+    rewrite("https://github.com/someone/fork", tmp_path)
+    assert repository_url(tmp_path) == "https://github.com/someone/fork"
+    left = [name for name in tracked if not name.startswith("tests/") and old in (tmp_path / name).read_text(errors="ignore")]
+    assert left == []
+    json.loads((tmp_path / "notebooks" / "01_train.ipynb").read_text())

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from helpers.files import StudyError
+from helpers.models import build_model, save_weights
+from helpers.quantization import (
+    ENGINES,
+    QCONFIGS,
+    agreement,
+    calibrate,
+    convert,
+    count_fake_quantize,
+    fuse,
+    fuse_for_qat,
+    layer_sqnr,
+    load_arm,
+    prepare,
+    prepare_qat,
+    qconfig_named,
+    set_engine,
+    weight_bytes,
+)
+
+IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=["resnet18", "resnet50"])
+def model(request):
+    """A model whose batch norm has seen data, so that its activations have ordinary ranges."""
+    model = build_model(request.param).train()
+    for _ in range(3):
+        model(IMAGES)
+    return model.eval()
+
+
+def test_fused_model_gives_the_float_model_s_logits(model):
+    assert torch.allclose(fuse(model)(IMAGES), model(IMAGES), rtol=1e-3, atol=1e-3)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fuse(model).modules())
+
+
+def test_int8_model_is_near_the_float_model_and_a_quarter_of_its_size(model):
+    fused = fuse(model)
+    prepared = prepare(fused, QCONFIGS["histogram_per_channel"])
+    calibrate(prepared, IMAGES)
+    quantized = convert(prepared, ENGINES[0])
+    sqnr = layer_sqnr(fused, quantized, IMAGES)
+    assert list(sqnr)[0] == "conv1" and list(sqnr)[-1] == "fc" and min(sqnr.values()) > 10
+    assert 3.9 < weight_bytes(model) / weight_bytes(quantized) < 4.1
+
+
+def test_only_the_qat_qconfig_brings_fake_quantize(model):
+    assert count_fake_quantize(prepare_qat(fuse_for_qat(model))) > 40
+    assert count_fake_quantize(prepare_qat(fuse(model), QCONFIGS["histogram_per_channel"])) == 0
+
+
+@pytest.mark.parametrize("form", ["prepared", "prepared_qat", "prepared_observer_only"])
+def test_a_saved_arm_comes_back_as_the_same_int8_model(model, form, tmp_path):
+    qconfig = QCONFIGS["minmax_per_channel"]
+    made = {
+        "prepared": lambda: prepare(fuse(model), qconfig),
+        "prepared_qat": lambda: prepare_qat(fuse_for_qat(model)),
+        "prepared_observer_only": lambda: prepare_qat(fuse(model), qconfig),
+    }[form]()
+    made.train() if form != "prepared" else made.eval()
+    made(IMAGES)
+    arch = "resnet50" if hasattr(model.layer1[0], "conv3") else "resnet18"
+    save_weights(tmp_path / "arm.safetensors", made.state_dict(), {"arch": arch, "form": form, "qconfig": "minmax_per_channel"})
+    assert torch.equal(load_arm(tmp_path / "arm.safetensors", "fbgemm")(IMAGES), convert(made, "fbgemm")(IMAGES))
+
+
+def test_unknown_words_end_in_a_sentence():
+    with pytest.raises(StudyError, match="engine is 'mkl'"):
+        set_engine("mkl")
+    with pytest.raises(StudyError, match="qconfig is 'int2'"):
+        qconfig_named("int2")
+
+
+def test_agreement_by_hand():
+    assert agreement(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 0])) == 0.5

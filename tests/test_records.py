@@ -1,0 +1,52 @@
+import json
+import os
+
+import numpy as np
+import pytest
+
+from helpers.files import StudyError, whole_file
+from helpers.records import COLUMNS, accuracy_row, gather, read_predictions, read_results, run_name, save_record
+
+OF = {"arch": "resnet18", "recipe": "tuned", "seed": 0}
+
+
+def test_what_is_saved_is_gathered_with_its_provenance(tmp_path):
+    row = accuracy_row(OF, "ptq", "eager", "digits", 3, 4, (0.3, 0.95), "fbgemm")
+    run_id = run_name("02_ptq", "resnet18", "tuned", 0)
+    predictions = {"ptq-eager-fbgemm": np.array([1, 2, 3, 4], np.uint8)}
+    save_record(str(tmp_path), run_id, {"seed": 0}, ("digits", "ab" * 32), {"accuracy": [row]}, predictions)
+    gather(str(tmp_path), tmp_path / "results")
+    accuracy = read_results(tmp_path / "results")["accuracy"]
+    assert list(accuracy.columns) == COLUMNS["accuracy"] and accuracy.accuracy.tolist() == [0.75]
+    run = json.loads((tmp_path / "results" / "runs.json").read_text())[run_id]
+    assert run["data"]["sha256"] == "ab" * 32 and run["commit"] and run["versions"]["torch"] and run["cpu"]
+    assert read_predictions(tmp_path / "results", run_id)["ptq-eager-fbgemm"].tolist() == [1, 2, 3, 4]
+
+
+def test_a_row_outside_the_contract_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="too many or too few"):
+        save_record(str(tmp_path), "x", {}, None, {"size": [{"arch": "resnet18"}]})
+
+
+def test_no_records_and_damaged_records_end_in_a_sentence(tmp_path):
+    with pytest.raises(StudyError, match="no records"):
+        gather(str(tmp_path), tmp_path / "results")
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "x.json").write_text('{"run_id": ')
+    with pytest.raises(StudyError, match="is damaged"):
+        gather(str(tmp_path), tmp_path / "results")
+
+
+def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("earlier")
+    with pytest.raises(StudyError, match="could not be written.*unchanged"), whole_file(path) as aside:
+        aside.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "earlier" and os.listdir(tmp_path) == ["result.json"]
+
+
+def test_a_run_directory_that_cannot_be_written_ends_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StudyError, match="choose another run_dir"), whole_file(tmp_path / "file" / "x.json"):
+        pass

@@ -1,0 +1,75 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.data import load_data
+from helpers.files import StudyError
+from helpers.models import build_model
+from helpers.training import RECIPES, Recipe, evaluate, fit, resolve_precision
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from helpers.data import load_data
+from helpers.models import build_model, save_weights
+from helpers.training import RECIPES, fit
+
+torch.set_num_threads(1)
+model = build_model("resnet18")
+history = fit(model, load_data("digits", limit=256), RECIPES["tuned"]["first"], 4, 0, Path(sys.argv[1]), precision="fp32")
+torch.save(model.state_dict(), sys.argv[2])
+"""
+
+
+def test_a_killed_training_goes_on_to_the_result_of_an_uninterrupted_one(tmp_path):
+    def start(name):
+        return subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, tmp_path / f"{name}.pt", tmp_path / f"{name}.weights"], stdout=subprocess.PIPE, text=True
+        )
+
+    assert start("whole").communicate()[0].count("epoch") == 4
+    killed = start("killed")
+    while "epoch 2/4" not in killed.stdout.readline():
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed.weights").exists()
+    assert "going on after epoch" in start("killed").communicate()[0]
+    whole, resumed = (torch.load(tmp_path / f"{name}.weights", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path):
+    dataset = load_data("digits", limit=64)
+    recipe = Recipe(learning_rate=0.01)
+    fit(build_model("resnet18"), dataset, recipe, 1, 0, tmp_path / "c.pt")
+    assert len(fit(build_model("resnet18"), dataset, recipe, 1, 1, tmp_path / "c.pt")) == 1
+    (tmp_path / "c.pt").write_bytes(b"damaged")
+    with pytest.raises(StudyError, match="damaged"):
+        fit(build_model("resnet18"), dataset, recipe, 1, 1, tmp_path / "c.pt")
+
+
+def test_divergence_is_said_not_trained_through(tmp_path):
+    with pytest.raises(StudyError, match="diverged"):
+        fit(build_model("resnet18"), load_data("digits", limit=128), Recipe(1e12), 2, 0, tmp_path / "c.pt", precision="fp32")
+
+
+def test_evaluate_counts_a_short_last_batch_once():
+    dataset = load_data("digits", limit=100)
+    labels = dataset.test.labels.numpy()
+    seen = iter(np.split(np.eye(10, dtype=np.float32)[labels], [64]))
+    result = evaluate(lambda images: next(seen), dataset, dataset.test, batch_size=64)
+    assert (result.correct, result.n, result.accuracy) == (100, 100, 1.0)
+
+
+def test_recipes_say_what_the_reference_study_did():
+    assert RECIPES["documented"]["first"].learning_rate == 1e-3 and RECIPES["as_run"]["first"].learning_rate == 0.1
+    with pytest.raises(StudyError, match="precision is 'fp8'"):
+        resolve_precision("fp8")
