@@ -22,7 +22,14 @@ def run(*command, cwd=ROOT, **environment):
 def papermill(notebook, output, *arguments, **environment):
     """Run one notebook in batch."""
     return run(
-        sys.executable, "-m", "papermill", "--no-progress-bar", f"notebooks/{notebook}.ipynb", output, *arguments, **environment
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        f"notebooks/{notebook}.ipynb",
+        output,
+        *arguments,
+        **environment,
     )
 
 

@@ -7,13 +7,20 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import nbformat
 import pytest
-
 from conftest import ROOT
+
 from helpers.parameters import NOTEBOOKS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NO_BROWSER = "no Chromium on this machine (Debian: apt-get install chromium chromium-driver)"
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,8 @@ def test_every_page_loads_with_its_pictures_without_errors_and_fits_the_screen(s
     address, folder = site
     assert len(pages(folder)) >= 12
     browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
     )
     for page in pages(folder):
         browser.get(f"{address}/{page}")
@@ -76,7 +84,9 @@ def test_no_link_inside_the_book_is_broken(site, browser):
     address, folder = site
     for page in pages(folder):
         browser.get(f"{address}/{page}")
-        links = browser.execute_script("return [...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href'))")
+        links = browser.execute_script(
+            "return [...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href'))"
+        )
         for link in links:
             target, anchor = urldefrag(urljoin(f"{address}/{page}", link))
             if urlparse(target).netloc == urlparse(address).netloc:
@@ -107,7 +117,9 @@ def test_published_chapters_carry_the_code_of_their_notebooks():
 def book_chapters_are_current(chapters: Path):
     def code(path):
         cells = nbformat.read(path, as_version=4).cells
-        return [c.source for c in cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+        return [
+            c.source for c in cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])
+        ]
 
     for name in NOTEBOOKS:
         assert code(chapters / f"{name}.ipynb") == code(ROOT / "notebooks" / f"{name}.ipynb"), name

@@ -6,8 +6,8 @@ import sysconfig
 import venv
 
 import pytest
-
 from conftest import ROOT, run
+
 from helpers.repository import repository_url
 
 
@@ -17,7 +17,9 @@ def colab(tmp_path_factory):
     base = tmp_path_factory.mktemp("colab")
     venv.create(base / "env", with_pip=True)
     python = base / "env" / "bin" / "python"
-    site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True).stdout
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True
+    ).stdout
     # Packages of this environment become visible; helpers does not, because a .pth file inside them is not followed.
     with open(f"{site.strip()}/colab.pth", "w") as file:
         file.write(sysconfig.get_paths()["purelib"])
@@ -26,7 +28,10 @@ def colab(tmp_path_factory):
     # What is committed and what is not yet: the working tree as a repository of its own.
     origin = base / "origin"
     files = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     ).stdout
     for name in filter(None, files.split("\0")):
         if (ROOT / name).exists():
@@ -61,6 +66,8 @@ def test_a_notebook_runs_alone_in_colab(colab, notebook):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert (folder / "study" / "runs" / "alone" / "records" / f"{notebook}-resnet18-tuned-s0.json").exists()
-    used = run(python, "-c", "import torch, helpers; print(torch.__file__, helpers.__file__)", cwd=folder, **environment).stdout
+    used = run(
+        python, "-c", "import torch, helpers; print(torch.__file__, helpers.__file__)", cwd=folder, **environment
+    ).stdout
     torch_file, helpers_file = used.split()
     assert sys.prefix in torch_file and str(python.parent.parent) in helpers_file

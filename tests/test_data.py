@@ -39,7 +39,8 @@ def test_a_jpeg_copy_is_recognised_as_lossy(tmp_path, pictures):
 
 
 @pytest.mark.parametrize(
-    ("labels", "columns", "said"), [([0] * 5 + [10], ("img", "label"), "0 to 9"), ([0] * 6, ("img", "fine_label"), "img and label")]
+    ("labels", "columns", "said"),
+    [([0] * 5 + [10], ("img", "label"), "0 to 9"), ([0] * 6, ("img", "fine_label"), "img and label")],
 )
 def test_foreign_parquet_ends_in_a_sentence(tmp_path, pictures, labels, columns, said):
     write_cifar(tmp_path, pictures, labels, columns=columns)
@@ -88,7 +89,11 @@ def test_calibration_images_are_the_same_for_the_same_seed():
 @pytest.mark.skipif(not os.environ.get("CIFAR10_ROOT"), reason="CIFAR10_ROOT is not set: no CIFAR-10 to read")
 def test_real_cifar10_is_balanced_and_its_cache_gives_the_same_pixels(tmp_path):
     cold, cached = (load_data("cifar10", cache_dir=tmp_path) for _ in range(2))
-    assert cold.sha256 == cached.sha256 and [len(cold.train), len(cold.validation), len(cold.test)] == [45000, 5000, 10000]
+    assert cold.sha256 == cached.sha256 and [len(cold.train), len(cold.validation), len(cold.test)] == [
+        45000,
+        5000,
+        10000,
+    ]
     assert cold.test.labels.bincount().tolist() == [1000] * 10
     normalised = cold.normalise(cold.test.images)
     assert normalised.mean().abs() < 0.1 and (normalised.std() - 1).abs() < 0.1

@@ -8,8 +8,8 @@ import time
 import nbformat
 import pandas as pd
 import pytest
-
 from conftest import ROOT, papermill, run
+
 from helpers.parameters import NOTEBOOKS
 from helpers.records import ARMS, read_results
 from helpers.repository import repository_url, rewrite
@@ -38,7 +38,10 @@ def test_every_notebook_has_the_same_setup_one_parameters_cell_and_a_badge_of_it
         for line in cells(name, "parameters")[0].source.splitlines():
             assert re.fullmatch(r"\w+: (int|str|list) = .+  # .+", line), (name, line)
         owner = url.removeprefix("https://github.com/")
-        assert f"colab.research.google.com/github/{owner}/blob/main/notebooks/{name}.ipynb" in SOURCES[name].cells[0].source
+        assert (
+            f"colab.research.google.com/github/{owner}/blob/main/notebooks/{name}.ipynb"
+            in SOURCES[name].cells[0].source
+        )
 
 
 def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
@@ -123,7 +126,9 @@ def test_environment_yml_gives_the_versions_of_constraints():
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert pip == ["--constraint constraints.txt", f"--editable .[{','.join(project['optional-dependencies'])}]"]
     assert "python=3.11" in environment["dependencies"] and project["requires-python"] == ">=3.11"
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
     asked = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
     assert {re.split(r"[><=\[]", name)[0].lower() for name in asked} <= pinned
 
@@ -136,6 +141,10 @@ def test_a_fork_s_url_reaches_every_place(tmp_path):
     old = repository_url(tmp_path).removeprefix("https://github.com/")
     rewrite("https://github.com/someone/fork", tmp_path)
     assert repository_url(tmp_path) == "https://github.com/someone/fork"
-    left = [name for name in tracked if not name.startswith("tests/") and old in (tmp_path / name).read_text(errors="ignore")]
+    left = [
+        name
+        for name in tracked
+        if not name.startswith("tests/") and old in (tmp_path / name).read_text(errors="ignore")
+    ]
     assert left == []
     json.loads((tmp_path / "notebooks" / "01_train.ipynb").read_text())

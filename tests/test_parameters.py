@@ -39,7 +39,10 @@ def test_every_profile_uses_declared_parameters_only(name):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("archs: [resnet18]\nrecipes: [tuned]\nseeds: [0]\nnotebooks: {01_train: {epoch: 3}}", "epoch is not a parameter of 01_train"),
+        (
+            "archs: [resnet18]\nrecipes: [tuned]\nseeds: [0]\nnotebooks: {01_train: {epoch: 3}}",
+            "epoch is not a parameter of 01_train",
+        ),
         ("archs: [resnet18]\nrecipes: [tuned]\nseeds: [0]\nnotebooks: {01_train: {epochs: 1e1x}}", "epochs is '1e1x'"),
         ("archs: [resnet99]\nrecipes: [tuned]\nseeds: [0]", "archs.0 is 'resnet99'"),
         ("archs: [resnet18]\nrecipes: [tuned]\nseed: [0]", "seed"),

@@ -66,7 +66,9 @@ def test_a_saved_arm_comes_back_as_the_same_int8_model(model, form, tmp_path):
     made.train() if form != "prepared" else made.eval()
     made(IMAGES)
     arch = "resnet50" if hasattr(model.layer1[0], "conv3") else "resnet18"
-    save_weights(tmp_path / "arm.safetensors", made.state_dict(), {"arch": arch, "form": form, "qconfig": "minmax_per_channel"})
+    save_weights(
+        tmp_path / "arm.safetensors", made.state_dict(), {"arch": arch, "form": form, "qconfig": "minmax_per_channel"}
+    )
     assert torch.equal(load_arm(tmp_path / "arm.safetensors", "fbgemm")(IMAGES), convert(made, "fbgemm")(IMAGES))
 
 

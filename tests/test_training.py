@@ -31,7 +31,9 @@ torch.save(model.state_dict(), sys.argv[2])
 def test_a_killed_training_goes_on_to_the_result_of_an_uninterrupted_one(tmp_path):
     def start(name):
         return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, tmp_path / f"{name}.pt", tmp_path / f"{name}.weights"], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SCRIPT, tmp_path / f"{name}.pt", tmp_path / f"{name}.weights"],
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     assert start("whole").communicate()[0].count("epoch") == 4
@@ -58,7 +60,15 @@ def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path):
 
 def test_divergence_is_said_not_trained_through(tmp_path):
     with pytest.raises(StudyError, match="diverged"):
-        fit(build_model("resnet18"), load_data("digits", limit=128), Recipe(1e12), 2, 0, tmp_path / "c.pt", precision="fp32")
+        fit(
+            build_model("resnet18"),
+            load_data("digits", limit=128),
+            Recipe(1e12),
+            2,
+            0,
+            tmp_path / "c.pt",
+            precision="fp32",
+        )
 
 
 def test_evaluate_counts_a_short_last_batch_once():

@@ -43,7 +43,15 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
 
 def build(book: Path) -> Path:
     """Build the HTML; every warning is an error. Returns the first page. Raises StudyError with what went wrong."""
-    command = [str(Path(sys.executable).parent / "jupyter-book"), "build", str(book), "-W", "-n", "--keep-going", "--quiet"]
+    command = [
+        str(Path(sys.executable).parent / "jupyter-book"),
+        "build",
+        str(book),
+        "-W",
+        "-n",
+        "--keep-going",
+        "--quiet",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise StudyError(f"{book} could not be built:\n{result.stdout[-2000:]}{result.stderr[-4000:]}")
@@ -64,7 +72,9 @@ def published_book(target: Path = Path("runs/published/book")) -> Path:
     """Build the book of the committed results and chapters, without running anything. Returns the first page."""
     for part in ("results", "chapters"):
         if not (PAGES / part).exists():
-            raise StudyError(f"{PAGES / part} is missing: nothing has been published yet. `make study` builds a book of your own.")
+            raise StudyError(
+                f"{PAGES / part} is missing: nothing has been published yet. `make study` builds a book of your own."
+            )
         shutil.copytree(PAGES / part, target / part, dirs_exist_ok=True)
     copy_pages(target)
     return build(target)

@@ -132,7 +132,7 @@ def pixels_sha256(train: Split, test: Split) -> str:
 def check_available(name: str, data_dir: str = "") -> None:
     """Raise StudyError now if `name` cannot be found later. Reads no pixels and downloads nothing."""
     if name == "cifar10":
-        _cifar10_source(data_dir)
+        find_cifar10(data_dir)
 
 
 def _shuffled(n: int) -> Tensor:
@@ -157,14 +157,22 @@ def _digits() -> Dataset:
     mean, std = float(pixels.mean()), float(pixels.std())
     both = Split(torch.cat([train.images, validation.images]), torch.cat([train.labels, validation.labels]))
     return Dataset(
-        "digits", pixels_sha256(both, test), tuple("0123456789"), (mean,) * 3, (std,) * 3, False, train, validation, test
+        "digits",
+        pixels_sha256(both, test),
+        tuple("0123456789"),
+        (mean,) * 3,
+        (std,) * 3,
+        False,
+        train,
+        validation,
+        test,
     )
 
 
 def _cifar10(data_dir: str, cache_dir: Path) -> Dataset:
-    kind, folder = _cifar10_source(data_dir)
+    kind, folder = find_cifar10(data_dir)
     if kind == "parquet":
-        train, test, name = _cached_parquet(folder, cache_dir)
+        train, test, name = load_parquet(folder, cache_dir)
     else:
         train, test, name = _torchvision(folder or cache_dir, download=folder is None)
     order = _shuffled(len(train))
@@ -182,7 +190,7 @@ def _cifar10(data_dir: str, cache_dir: Path) -> Dataset:
     )
 
 
-def _cifar10_source(data_dir: str) -> tuple[str, Path | None]:
+def find_cifar10(data_dir: str) -> tuple[str, Path | None]:
     """Where CIFAR-10 comes from: ("torchvision" or "parquet", folder), or ("torchvision", None) for a download."""
     given = data_dir or os.environ.get("CIFAR10_ROOT", "")
     if not given:
@@ -205,12 +213,13 @@ def _torchvision(root: Path, download: bool) -> tuple[Split, Split, str]:
         what = "could not be downloaded" if download else f"in {str(root)!r} is incomplete or damaged"
         raise StudyError(f"CIFAR-10 {what} ({error}). {THREE_WAYS}") from error
     train, test = (
-        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
+        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
     )
     return train, test, "cifar10"
 
 
-def _cached_parquet(folder: Path, cache_dir: Path) -> tuple[Split, Split, str]:
+def load_parquet(folder: Path, cache_dir: Path) -> tuple[Split, Split, str]:
     """Decode the parquet files once; later calls read the decoded arrays from `cache_dir`, keyed by path, size and time."""
     files = {part: sorted(folder.glob(f"{part}-*.parquet")) for part in ("train", "test")}
     key = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for fs in files.values() for f in fs])
@@ -261,6 +270,8 @@ def read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, bool]:
             except (TypeError, KeyError, OSError) as error:
                 raise StudyError(f"{path}, row {row}: the image cannot be decoded ({error}). {THREE_WAYS}") from error
             if picture.shape != (32, 32, 3):
-                raise StudyError(f"{path}, row {row}: the image is {picture.shape[:2]}; CIFAR-10 has (32, 32). {THREE_WAYS}")
+                raise StudyError(
+                    f"{path}, row {row}: the image is {picture.shape[:2]}; CIFAR-10 has (32, 32). {THREE_WAYS}"
+                )
             images.append(picture)
     return np.stack(images).transpose(0, 3, 1, 2).copy(), np.concatenate(labels), lossy

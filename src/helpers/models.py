@@ -63,7 +63,9 @@ def load_weights(path: Path, arch: str | None = None) -> tuple[dict[str, Tensor]
     except (SafetensorError, OSError) as error:
         raise StudyError(f"{path} is not a whole safetensors file ({error}); delete it and make it again.") from error
     if metadata.get("arch") not in ARCHS:
-        raise StudyError(f"{path} does not say which arch it is, so it is not from this study; delete it and make it again.")
+        raise StudyError(
+            f"{path} does not say which arch it is, so it is not from this study; delete it and make it again."
+        )
     if arch is not None and metadata["arch"] != arch:
         raise StudyError(f"{path} holds a {metadata['arch']}, not a {arch}; give the arch it was made with.")
     return state, metadata
@@ -74,7 +76,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise StudyError(f"{path} does not fit the model ({str(error).splitlines()[0]}); delete it and make it again.") from error
+        raise StudyError(
+            f"{path} does not fit the model ({str(error).splitlines()[0]}); delete it and make it again."
+        ) from error
 
 
 def module_predictor(model: nn.Module) -> Predictor:

@@ -58,7 +58,9 @@ def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _assigned(cell: str) -> list[str]:
-    return [line.split("=")[0].strip() for line in cell.splitlines() if "=" in line and not line.startswith((" ", "#", "]"))]
+    return [
+        line.split("=")[0].strip() for line in cell.splitlines() if "=" in line and not line.startswith((" ", "#", "]"))
+    ]
 
 
 def _no_others(given: list[str], allowed: list[str], where: str) -> None:

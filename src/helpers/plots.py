@@ -42,7 +42,9 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: Sequence
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, (truth, predicted), 1)
     figure, axis = plt.subplots(figsize=(6.5, 5.2))
-    sns.heatmap(counts, annot=True, fmt="d", cmap="Blues", cbar=False, xticklabels=classes, yticklabels=classes, ax=axis)
+    sns.heatmap(
+        counts, annot=True, fmt="d", cmap="Blues", cbar=False, xticklabels=classes, yticklabels=classes, ax=axis
+    )
     axis.set(xlabel="predicted", ylabel="true")
     figure.tight_layout()
     return figure

@@ -31,7 +31,18 @@ COLUMNS: dict[str, list[str]] = {
     "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
 }
 VERSIONS_OF = ("torch", "torchvision", "openvino", "nncf", "onnx", "onnxruntime", "numpy", "pandas", "papermill")
-ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm", "bf16")
+ISA_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "i8mm",
+    "bf16",
+)
 
 
 def run_name(notebook: str, arch: str = "", recipe: str = "", seed: int | None = None) -> str:
@@ -121,7 +132,14 @@ def save_record(
 
 
 def accuracy_row(
-    of: Mapping[str, Any], arm: str, runtime: str, data: str, correct: int, n: int, interval: tuple[float, float], engine: str = ""
+    of: Mapping[str, Any],
+    arm: str,
+    runtime: str,
+    data: str,
+    correct: int,
+    n: int,
+    interval: tuple[float, float],
+    engine: str = "",
 ) -> dict[str, Any]:
     """One row of accuracy.csv for the test split. of: holds arch, recipe and seed; interval: (low, high) in [0, 1]."""
     return {
@@ -131,7 +149,9 @@ def accuracy_row(
     }
 
 
-def size_row(arch: str, arm: str, runtime: str, parameters: int, weight_bytes: int, artifact_bytes: int) -> dict[str, Any]:
+def size_row(
+    arch: str, arm: str, runtime: str, parameters: int, weight_bytes: int, artifact_bytes: int
+) -> dict[str, Any]:
     """One row of size.csv."""
     return {
         **{"arch": arch, "arm": arm, "runtime": runtime, "parameters": parameters},

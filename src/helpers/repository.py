@@ -27,9 +27,12 @@ def rewrite(url: str, root: Path = Path(".")) -> list[Path]:
     host = "https://github.com/"
     swaps = [(old, url), ("github/" + old.removeprefix(host) + "/blob", "github/" + url.removeprefix(host) + "/blob")]
     changed = []
-    for path in [root / "pyproject.toml", root / "README.md", root / "CITATION.cff", root / "book/_config.yml"] + sorted(
-        (root / "notebooks").glob("*.ipynb")
-    ):
+    for path in [
+        root / "pyproject.toml",
+        root / "README.md",
+        root / "CITATION.cff",
+        root / "book/_config.yml",
+    ] + sorted((root / "notebooks").glob("*.ipynb")):
         text = path.read_text()
         new = text
         for before, after in swaps:

@@ -146,7 +146,9 @@ def _openvino(path: Path, threads: int) -> Predictor:
     return predictor
 
 
-def _compile_openvino(core: "openvino.Core", model: "openvino.Model", batch: int, threads: int) -> "openvino.CompiledModel":
+def _compile_openvino(
+    core: "openvino.Core", model: "openvino.Model", batch: int, threads: int
+) -> "openvino.CompiledModel":
     fixed = model.clone()
     fixed.reshape([batch, *list(model.input(0).partial_shape)[1:]])
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -173,7 +175,9 @@ def _openvino_layers(path: Path) -> Iterator[dict[str, str]]:
     compiled = _compile_openvino(core, core.read_model(path), 1, 0)
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items() if key in _OPENVINO_FACTS}
-        kind = {"Convolution": "convolution", "FullyConnected": "linear", "MatMul": "linear"}.get(info.get("layerType", ""))
+        kind = {"Convolution": "convolution", "FullyConnected": "linear", "MatMul": "linear"}.get(
+            info.get("layerType", "")
+        )
         if kind:
             int8 = info["runtimePrecision"] in ("i8", "u8")
             yield {
@@ -225,4 +229,6 @@ def openvino_benchmark_app(path: Path, threads: int, batch: int, seconds: int = 
         if "Median:" in line:
             value, unit = line.split("Median:")[1].split()
             return float(value) / {"ms": 1, "us": 1000}[unit]
-    raise StudyError(f"benchmark_app gave no median for {path} ({result.stderr.strip()[-200:] or result.stdout[-200:]}).")
+    raise StudyError(
+        f"benchmark_app gave no median for {path} ({result.stderr.strip()[-200:] or result.stdout[-200:]})."
+    )

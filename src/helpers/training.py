@@ -114,7 +114,11 @@ def fit(
     images, labels = dataset.train.images.to(device), dataset.train.labels.to(device)
     steps = max(1, len(labels) // recipe.batch_size)
     optimizer = torch.optim.SGD(
-        model.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+        model.parameters(),
+        recipe.learning_rate,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
     )
     scheduler = None
     if recipe.one_cycle and epochs:
@@ -126,7 +130,9 @@ def fit(
         if before_epoch is not None:
             before_epoch(model, epoch)
         started = time.perf_counter()
-        loss = _train_epoch(model, dataset, images, labels, steps, optimizer, scheduler, seed, epoch, precision, recipe, label)
+        loss = _train_epoch(
+            model, dataset, images, labels, steps, optimizer, scheduler, seed, epoch, precision, recipe, label
+        )
         seconds = time.perf_counter() - started
         validation = evaluate(module_predictor(model), dataset, dataset.validation)
         history.append(
@@ -174,13 +180,24 @@ def _train_epoch(
         total += loss.detach()
     mean = float(total) / steps
     if not np.isfinite(mean):
-        raise StudyError(f"{label}: the loss is {mean} in epoch {epoch + 1}; the training diverged, lower the learning rate.")
+        raise StudyError(
+            f"{label}: the loss is {mean} in epoch {epoch + 1}; the training diverged, lower the learning rate."
+        )
     return mean
 
 
 def _fit_key(model: nn.Module, dataset: Dataset, recipe: Recipe, epochs: int, seed: int, precision: str) -> str:
     """A digest of all that decides the outcome of `fit`."""
-    facts = [asdict(recipe), epochs, seed, precision, dataset.name, dataset.sha256, len(dataset.train), torch.__version__]
+    facts = [
+        asdict(recipe),
+        epochs,
+        seed,
+        precision,
+        dataset.name,
+        dataset.sha256,
+        len(dataset.train),
+        torch.__version__,
+    ]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -195,7 +212,9 @@ def _resume(checkpoint: Path, key: str, parts: dict) -> list[dict[str, float]]:
     try:
         stored = torch.load(checkpoint, weights_only=True)
     except Exception as error:  # whatever the damaged file makes the reader raise
-        raise StudyError(f"{checkpoint} is damaged ({type(error).__name__}); delete it to train from the start.") from error
+        raise StudyError(
+            f"{checkpoint} is damaged ({type(error).__name__}); delete it to train from the start."
+        ) from error
     if stored["key"] != key:
         return []
     for name, part in parts.items():
