@@ -88,7 +88,7 @@ def test_no_link_inside_the_book_is_broken(site, browser):
             "return [...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href'))"
         )
         for link in links:
-            target, anchor = urldefrag(urljoin(f"{address}/{page}", link))
+            target, anchor = urldefrag(urljoin(browser.current_url, link))
             if urlparse(target).netloc == urlparse(address).netloc:
                 file = folder / unquote(urlparse(target).path).lstrip("/")
                 file = file / "index.html" if file.is_dir() else file

@@ -20,6 +20,8 @@ def colab(tmp_path_factory):
     site = subprocess.run(
         [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True
     ).stdout
+    # Its setuptools is Python's old one; Colab builds with a new one, as this environment has it.
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"], check=True)
     # Packages of this environment become visible; helpers does not, because a .pth file inside them is not followed.
     with open(f"{site.strip()}/colab.pth", "w") as file:
         file.write(sysconfig.get_paths()["purelib"])

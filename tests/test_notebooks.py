@@ -6,7 +6,6 @@ import sys
 import time
 
 import nbformat
-import pandas as pd
 import pytest
 from conftest import ROOT, papermill, run
 
@@ -53,7 +52,7 @@ def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
     assert accuracy.ci_low.le(accuracy.accuracy).all() and accuracy.ci_high.ge(accuracy.accuracy).all()
     assert (accuracy.correct / accuracy.n == accuracy.accuracy).all()
     for table, rows in (("table1", 6), ("table2", 4)):
-        assert len(pd.read_html(smoke / "book" / "results" / f"{table}.md")[0]) == rows
+        assert (smoke / "book" / "results" / f"{table}.md").read_text().count("<tr>") == 1 + rows
 
 
 def test_a_second_study_finds_everything_done(smoke):

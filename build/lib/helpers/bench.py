@@ -1,0 +1,157 @@
+"""`make bench`: is the study's own code in the way? Ratios, measured side by side in one run; it judges nothing.
+
+Absolute speeds change with machine and weather, so every line is a ratio of two things measured in turns, and the median
+over rounds is shown. CIFAR-10 is read if it is at hand, else the digits, repeated to as many images.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from helpers.data import Dataset, Split, find_cifar10, load_data, load_parquet
+from helpers.files import StudyError
+from helpers.measure import summarise, time_interleaved
+from helpers.models import build_model, save_weights
+from helpers.quantization import ENGINES, QCONFIGS, calibrate, convert, fuse, prepare
+from helpers.runtimes import convert_to_openvino, export_onnx, export_torchscript, load_predictor, quantize_openvino
+from helpers.training import RECIPES, fit, resolve_precision
+
+BATCH, STEPS, ROUNDS = 128, 24, 3
+RECIPE = RECIPES["tuned"]["first"]
+
+
+def bench_data() -> Dataset:
+    """CIFAR-10 where it lies on this machine, else the digits; as many training images as the rounds need."""
+    from dataclasses import replace
+
+    try:
+        here = find_cifar10("")[1] is not None
+    except StudyError:
+        here = False
+    dataset = load_data("cifar10" if here else "digits")
+    copies = -(-BATCH * STEPS // len(dataset.train))
+    images, labels = dataset.train.images.repeat(copies, 1, 1, 1), dataset.train.labels.repeat(copies)
+    return replace(dataset, train=Split(images, labels).first(BATCH * STEPS), validation=dataset.validation.first(1))
+
+
+def fit_speed(dataset: Dataset) -> float:
+    """Images per second of `fit`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return fit(build_model("resnet18"), dataset, RECIPE, 1, 0, Path(folder) / "c.pt", "bench")[0][
+            "images_per_second"
+        ]
+
+
+def _steps(model: nn.Module, batches) -> float:
+    """Images per second of forward, backward, step over `batches` of (images, labels)."""
+    model.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        RECIPE.learning_rate,
+        RECIPE.momentum,
+        weight_decay=RECIPE.weight_decay,
+        nesterov=RECIPE.nesterov,
+    )
+    enabled = resolve_precision("auto") == "bf16"
+    started, seen = time.perf_counter(), 0
+    for images, labels in batches:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = nn.functional.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        seen += len(labels)
+    return seen / (time.perf_counter() - started)
+
+
+def bare_speed(dataset: Dataset) -> float:
+    """Images per second of forward, backward, step on one fixed batch: the most that `fit` could reach."""
+    images = dataset.normalise(dataset.train.images[:BATCH]).contiguous(memory_format=torch.channels_last)
+    return _steps(build_model("resnet18"), [(images, dataset.train.labels[:BATCH])] * STEPS)
+
+
+def loader_speed(dataset: Dataset) -> float:
+    """Images per second of the usual loop: DataLoader with two workers and torchvision transforms, image by image."""
+    from torchvision import transforms
+
+    class Pictures(torch.utils.data.Dataset):
+        transform = transforms.Compose(
+            [
+                *(transforms.ToPILImage(), transforms.RandomCrop(32, 4, padding_mode="reflect")),
+                *(
+                    transforms.RandomHorizontalFlip(),
+                    transforms.ToTensor(),
+                    transforms.Normalize(dataset.mean, dataset.std),
+                ),
+            ]
+        )
+
+        def __len__(self) -> int:
+            return len(dataset.train)
+
+        def __getitem__(self, index: int):
+            return self.transform(dataset.train.images[index]), dataset.train.labels[index]
+
+    return _steps(build_model("resnet18"), torch.utils.data.DataLoader(Pictures(), BATCH, shuffle=True, num_workers=2))
+
+
+def int8_rows(dataset: Dataset, folder: Path) -> dict[str, float]:
+    """Median ms of ResNet18 at batch 1 for eager FP32 and every INT8 row; latency does not depend on the weights' values."""
+    model = build_model("resnet18").eval()
+    images = dataset.normalise(dataset.train.images[:64])
+    fused = fuse(model)
+    prepared = prepare(fused, QCONFIGS["histogram_per_channel"])
+    calibrate(prepared, images)
+    quantized = convert(prepared, ENGINES[0])
+    save_weights(folder / "fp32.safetensors", model.state_dict(), {"arch": "resnet18", "form": "float"})
+    made = {"arch": "resnet18", "form": "prepared", "qconfig": "histogram_per_channel"}
+    save_weights(folder / "ptq.safetensors", prepared.state_dict(), made)
+    export_torchscript(quantized, folder / "ptq.pt")
+    for name, module in (("fp32", model), ("ptq", quantized)):
+        export_onnx(module, folder / f"{name}.onnx")
+        convert_to_openvino(folder / f"{name}.onnx", folder / f"{name}.xml")
+    quantize_openvino(folder / "fp32.xml", images, folder / "ptq_nncf.xml")
+    threads = torch.get_num_threads()
+    predictors = {"eager FP32": load_predictor(folder / "fp32.safetensors", "eager", threads)}
+    for engine in ENGINES:
+        predictors[f"eager INT8 {engine}"] = load_predictor(folder / "ptq.safetensors", "eager", threads, engine)
+        predictors[f"TorchScript INT8 {engine}"] = load_predictor(folder / "ptq.pt", "torchscript", threads, engine)
+    predictors["ONNX Runtime INT8"] = load_predictor(folder / "ptq.onnx", "onnxruntime", threads)
+    predictors["OpenVINO INT8"] = load_predictor(folder / "ptq.xml", "openvino", threads)
+    predictors["OpenVINO INT8 (NNCF)"] = load_predictor(folder / "ptq_nncf.xml", "openvino", threads)
+    times = time_interleaved(predictors, images[:1].numpy(), 50, 0)
+    return {name: summarise(values)["median_ms"] for name, values in times.items()}
+
+
+def main() -> None:
+    """Print the ratios."""
+    dataset = bench_data()
+    print(f"{dataset.name}, ResNet18, {torch.get_num_threads()} threads, batch {BATCH}, {STEPS} steps, {ROUNDS} rounds")
+    bare_speed(dataset)
+    rounds = [(fit_speed(dataset), bare_speed(dataset), loader_speed(dataset)) for _ in range(ROUNDS)]
+    print(f"(a) fit / bare forward-backward-step, images per second: {np.median([f / b for f, b, _ in rounds]):.3f}")
+    print(f"(b) fit / DataLoader with 2 workers, images per second:  {np.median([f / w for f, _, w in rounds]):.3f}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if dataset.name.startswith("cifar10") and find_cifar10("")[0] == "parquet":
+            seconds = []
+            for _ in range(2):
+                started = time.perf_counter()
+                load_parquet(find_cifar10("")[1], folder)
+                seconds.append(time.perf_counter() - started)
+            print(
+                f"(c) 60,000 images from parquet: cold {seconds[0]:.1f} s, cached {seconds[1]:.2f} s, ratio {seconds[0] / seconds[1]:.0f}"
+            )
+        else:
+            print("(c) load of 60,000 images from parquet: not measured, CIFAR10_ROOT names no parquet files")
+        rows = int8_rows(dataset, folder)
+    for name, milliseconds in rows.items():
+        print(f"(d) {name:26s} {milliseconds:7.3f} ms, {rows['eager FP32'] / milliseconds:5.1f} x eager FP32")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Files appear whole or not at all, and what goes wrong is said in one sentence."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class StudyError(ValueError):
+    """Something the person running the study can put right; its text says what was given, what is allowed, what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Jupyter shows this instead of a traceback: the sentence is all a reader needs."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it over `path` once the block has ended without an error.
+
+    The temporary name keeps the suffix of `path`, because writers choose a format by it. A failure leaves what stood
+    at `path` untouched. Raises StudyError when the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    aside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(handle)
+        aside = Path(name)
+        yield aside
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except OSError as error:
+        raise StudyError(
+            f"{path} could not be written ({error.strerror or error}); free some space or choose another run_dir that "
+            "can be written. What was there before is unchanged."
+        ) from error
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)

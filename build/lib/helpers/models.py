@@ -1,0 +1,96 @@
+"""The models: torchvision's quantizable ResNets, and their weights as safetensors files.
+
+Called by notebooks, `quantization` and `runtimes`; calls no other helper but `files`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import quantization as quantizable
+
+from helpers.files import StudyError, whole_file
+
+ARCHS = ("resnet18", "resnet34", "resnet50")
+
+Predictor = Callable[[np.ndarray], np.ndarray]
+
+
+def build_model(arch: str, seed: int = 0, num_classes: int = 10) -> nn.Module:
+    """Build torchvision's quantizable ResNet (He et al., arXiv:1512.03385) with random float weights drawn from `seed`.
+
+    Torchvision has no quantizable ResNet34; it is put together from the same block. Input float32 [N, 3, H, W], output
+    logits [N, num_classes]. Raises StudyError for an arch that is not in ARCHS.
+    """
+    layers = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
+    if arch not in ARCHS:
+        raise StudyError(f"arch is {arch!r}; allowed are {', '.join(ARCHS)}.")
+    resnet = quantizable.resnet
+    block = resnet.QuantizableBottleneck if arch == "resnet50" else resnet.QuantizableBasicBlock
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return resnet.QuantizableResNet(block, layers[arch], num_classes=num_classes)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a state dict as safetensors; `metadata` must name the `arch` and says how the weights came to be."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with whole_file(path) as aside:
+        save_file(state, aside, metadata=metadata)
+
+
+def load_weights(path: Path, arch: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file written by `save_weights`: (state dict, metadata). With `arch`, insist that the file is of that one.
+
+    Raises StudyError when the file is missing, damaged, foreign or of another architecture.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StudyError(f"{path} does not exist; run the notebook that makes it first.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise StudyError(f"{path} is not a whole safetensors file ({error}); delete it and make it again.") from error
+    if metadata.get("arch") not in ARCHS:
+        raise StudyError(
+            f"{path} does not say which arch it is, so it is not from this study; delete it and make it again."
+        )
+    if arch is not None and metadata["arch"] != arch:
+        raise StudyError(f"{path} holds a {metadata['arch']}, not a {arch}; give the arch it was made with.")
+    return state, metadata
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Put `state` into `model`. Raises StudyError, naming `path`, when names or shapes differ."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise StudyError(
+            f"{path} does not fit the model ({str(error).splitlines()[0]}); delete it and make it again."
+        ) from error
+
+
+def module_predictor(model: nn.Module) -> Predictor:
+    """Wrap a module as a predictor: images float32 [N, 3, 32, 32] to logits float32 [N, 10], both numpy arrays.
+
+    The module is put in eval mode and runs where its parameters are.
+    """
+    model.eval()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def predictor(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images).to(device)).float().cpu().numpy()
+
+    return predictor

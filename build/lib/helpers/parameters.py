@@ -1,0 +1,158 @@
+"""Parameters of notebooks and profiles: what is allowed, said once, and checked before any work starts.
+
+papermill only warns about a misspelt parameter and turns `-p epochs ten` into a string. So every notebook calls
+`check_parameters` in the cell after its parameters, and `make study` reads a profile through `load_profile`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from helpers.files import StudyError
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Arch = Literal["resnet18", "resnet34", "resnet50"]
+RecipeName = Literal["documented", "as_run", "tuned"]
+Engine = Literal["fbgemm", "x86"]
+
+# Every parameter that a notebook may declare: one name, one meaning, one range.
+PARAMETERS: dict[str, Any] = {
+    "arch": Arch,
+    "recipe": RecipeName,
+    "seed": Count,
+    "data": Literal["digits", "cifar10"],
+    "data_dir": str,
+    "limit": Count,
+    "run_dir": Annotated[str, Field(min_length=1)],
+    "epochs": Count,
+    "extra_epochs": Count,
+    "precision": Literal["auto", "fp32", "bf16"],
+    "qconfig": Literal["histogram_per_channel", "minmax_per_channel", "histogram_per_tensor"],
+    "engine": Engine,
+    "calibration_images": Positive,
+    "rounds": Positive,
+    "threads": Annotated[list[Positive], Field(min_length=1)],
+    "batches": Annotated[list[Positive], Field(min_length=1)],
+    "app_seconds": Positive,
+    "archs": Annotated[list[Arch], Field(min_length=1)],
+}
+NOTEBOOKS = ("01_train", "02_ptq", "03_qat", "04_jit", "05_onnx_openvino", "06_benchmark", "07_analysis")
+
+
+def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the parameters of the running notebook and return them by name.
+
+    namespace: the notebook's `globals()`. Its annotated names are the declared parameters; what papermill injected must be
+    among them. Raises StudyError for an unknown name, a wrong type or a value that is not allowed.
+    """
+    declared = list(namespace["__annotations__"])
+    injected = [name for cell in namespace.get("In", []) if cell.startswith("# Parameters") for name in _assigned(cell)]
+    _no_others(injected, declared, "this notebook")
+    values = {name: namespace[name] for name in declared}
+    return _checked(values, "")
+
+
+def _assigned(cell: str) -> list[str]:
+    return [
+        line.split("=")[0].strip() for line in cell.splitlines() if "=" in line and not line.startswith((" ", "#", "]"))
+    ]
+
+
+def _no_others(given: list[str], allowed: list[str], where: str) -> None:
+    for name in given:
+        if name not in allowed:
+            raise StudyError(f"{name} is not a parameter of {where}; it has {', '.join(allowed)}.")
+
+
+def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fields = {name: (PARAMETERS[name], ...) for name in values}
+    model = create_model("Parameters", __config__=ConfigDict(strict=True, extra="forbid"), **fields)
+    return _validated(model, values, where).model_dump()
+
+
+def _validated(model: type[BaseModel], values: Any, where: str) -> BaseModel:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "the content"
+        raise StudyError(f"{where}{name} is {first['input']!r}; {_lower(first['msg'])}.") from error
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+class Profile(BaseModel):
+    """A profile file: which models to run, and the parameters of the notebooks, all of them declared there."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    archs: Annotated[list[Arch], Field(min_length=1)]
+    recipes: Annotated[list[RecipeName], Field(min_length=1)]
+    seeds: Annotated[list[Count], Field(min_length=1)]
+    common: dict[str, Any] = {}
+    notebooks: dict[str, dict[str, Any]] = {}
+
+    def arguments(self, notebook: str, name: str, **chosen: Any) -> dict[str, Any]:
+        """The papermill parameters of one run of `notebook` under the profile called `name`; `chosen` wins."""
+        declared = declared_parameters(notebook)
+        values = {**self.common, **self.notebooks.get(notebook, {}), "run_dir": f"runs/{name}", **chosen}
+        if "archs" in declared:
+            values["archs"] = self.archs
+        return {key: value for key, value in values.items() if key in declared}
+
+
+def load_profile(name: str, folder: Path = Path("profiles")) -> Profile:
+    """Read and check profiles/`name`.yml. Raises StudyError, naming file and key, for anything that no notebook would take."""
+    path = folder / f"{name}.yml"
+    if not path.exists():
+        raise StudyError(f"profile is {name!r}; allowed are {', '.join(sorted(p.stem for p in folder.glob('*.yml')))}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path} is not YAML ({' '.join(str(error).split())}).") from error
+    profile = _validated(Profile, content, f"{path}: ")
+    assert isinstance(profile, Profile)
+    declared = {notebook: declared_parameters(notebook) for notebook in NOTEBOOKS}
+    _no_others(list(profile.notebooks), list(NOTEBOOKS), f"{path}, which names notebooks")
+    _no_others(list(profile.common), sorted({key for keys in declared.values() for key in keys}), "any notebook")
+    _checked(profile.common, f"{path}: common.")
+    for notebook, values in profile.notebooks.items():
+        _no_others(list(values), declared[notebook], notebook)
+        _checked(values, f"{path}: {notebook}.")
+    return profile
+
+
+def declared_parameters(notebook: str, folder: Path = Path("notebooks")) -> list[str]:
+    """Names in the parameters cell of a notebook. Raises StudyError when it has no such cell."""
+    import nbformat
+
+    for cell in nbformat.read(folder / f"{notebook}.ipynb", as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            return [line.split(":")[0] for line in cell.source.splitlines() if ":" in line.split("#")[0]]
+    raise StudyError(f"{notebook} has no cell tagged parameters.")
+
+
+def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **chosen: Any) -> None:
+    """Run `notebook` if its `record` is missing, with those of `parameters` that it declares, so that any notebook runs alone.
+
+    chosen: parameters that win over `parameters`. The executed notebook is kept beside the record's folder.
+    """
+    record = Path(record)
+    if record.exists():
+        return
+    import papermill
+
+    print(f"{record} is missing; {notebook} makes it: running it now with the same settings.", flush=True)
+    declared = declared_parameters(notebook)
+    values = {key: value for key, value in {**parameters, **chosen}.items() if key in declared}
+    executed = record.parent.parent / "notebooks" / f"{record.stem}.ipynb"
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    source = Path("notebooks") / f"{notebook}.ipynb"
+    papermill.execute_notebook(source, executed, values, progress_bar=False, log_output=False, cwd=os.getcwd())

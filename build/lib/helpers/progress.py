@@ -1,0 +1,28 @@
+"""A bar with the time left where a person watches; silence in batch, where callers print one line an epoch instead."""
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+import psutil
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+BATCH_RUNNERS = ("papermill", "nbconvert", "nbclient", "jupyter-execute", "snakemake")
+
+
+def person_watches() -> bool:
+    """Tell whether output goes to a terminal or to a notebook that somebody has open (and not to a batch runner)."""
+    if "ipykernel" not in sys.modules:
+        return sys.stderr.isatty()
+    try:
+        parent = " ".join(psutil.Process().parent().cmdline())
+    except (psutil.Error, AttributeError):
+        return False
+    return not any(runner in parent for runner in BATCH_RUNNERS)
+
+
+def progress(steps: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    """Go through `steps`; show a bar labelled `label` with the time left if a person watches."""
+    return tqdm(steps, desc=label, total=total, leave=False, disable=not person_watches())

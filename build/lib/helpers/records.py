@@ -1,0 +1,216 @@
+"""The contract with every reader of the results: one JSON per run_id, gathered into CSV files.
+
+Called by notebooks; needs json and pandas only.
+"""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import cpuinfo
+import numpy as np
+import pandas as pd
+import psutil
+
+from helpers.files import StudyError, whole_file
+
+ARMS = ("fp32", "fp32_longer", "ptq", "ptq_longer", "qat", "qat_observer_only", "ptq_nncf")
+
+# engine: whose INT8 kernels eager and TorchScript used (fbgemm or x86); empty where there is no such choice.
+COLUMNS: dict[str, list[str]] = {
+    "accuracy": "arch recipe arm runtime engine seed data split n correct accuracy ci_low ci_high run_id".split(),
+    "latency": (
+        "arch recipe arm runtime engine threads batch rounds median_ms p90_ms p95_ms cv speedup machine run_id".split()
+    ),
+    "size": "arch arm runtime parameters weight_bytes artifact_bytes run_id".split(),
+    "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
+}
+VERSIONS_OF = ("torch", "torchvision", "openvino", "nncf", "onnx", "onnxruntime", "numpy", "pandas", "papermill")
+ISA_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "i8mm",
+    "bf16",
+)
+
+
+def run_name(notebook: str, arch: str = "", recipe: str = "", seed: int | None = None) -> str:
+    """The run_id of one notebook with one parameter set, for example 02_ptq-resnet18-tuned-s0."""
+    parts = [notebook, arch, recipe, "" if seed is None else f"s{seed}"]
+    return "-".join(part for part in parts if part)
+
+
+def weights_path(run_dir: str, arch: str, recipe: str, seed: int, arm: str, suffix: str = ".safetensors") -> Path:
+    """Where the model of one arm lies: `suffix` .safetensors, or .pt, .onnx, .xml for its exports."""
+    return Path(run_dir) / "weights" / f"{arch}-{recipe}-s{seed}-{arm}{suffix}"
+
+
+def machine_facts() -> dict[str, Any]:
+    """CPU model, instruction sets that matter for INT8, cores, memory, GPU, system and versions of this machine."""
+    info = cpuinfo.get_cpu_info()
+    try:
+        import torch
+
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        threads = torch.get_num_threads()
+    except ImportError:
+        gpu, threads = "", 0
+    return {
+        "cpu": info.get("brand_raw", platform.machine()),
+        "isa": [flag for flag in ISA_FLAGS if flag in info.get("flags", [])],
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        "memory_bytes": psutil.virtual_memory().total,
+        "threads": threads,
+        "gpu": gpu,
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in VERSIONS_OF},
+    }
+
+
+def machine_name(facts: Mapping[str, Any]) -> str:
+    """One line that tells machines apart: CPU, cores and the instruction sets that decide INT8 speed."""
+    isa = "+".join(flag for flag in facts["isa"] if flag != "avx512f") or "no special instructions"
+    return f"{facts['cpu']}, {facts['cores']} cores, {isa}"
+
+
+def commit() -> str:
+    """The commit of the code that runs, `-dirty` when a tracked file differs from it, `unknown` outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return "unknown"
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def save_record(
+    run_dir: str,
+    run_id: str,
+    parameters: Mapping[str, Any],
+    data: tuple[str, str] | None,
+    rows: Mapping[str, list[dict[str, Any]]],
+    predictions: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Write what one run found: `run_dir`/records/`run_id`.json and, with `predictions`, the .npz beside it.
+
+    data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
+    predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`). The JSON is written last and
+    whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
+    """
+    run = {
+        "notebook": run_id.split("-")[0],
+        "parameters": dict(parameters),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": {"name": data[0], "sha256": data[1]} if data else None,
+        **machine_facts(),
+    }
+    tables = {table: [row | {"run_id": run_id} for row in found] for table, found in rows.items()}
+    for table, found in tables.items():
+        for row in found:
+            if set(row) != set(COLUMNS[table]):
+                raise ValueError(f"{table} row has {sorted(set(row) ^ set(COLUMNS[table]))} too many or too few")
+    path = Path(run_dir) / "records" / f"{run_id}.json"
+    if predictions:
+        with whole_file(path.with_suffix(".npz")) as aside:
+            np.savez_compressed(aside, **predictions)
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps({"run_id": run_id, "run": run, "tables": tables}, indent=1, sort_keys=True))
+    return path
+
+
+def accuracy_row(
+    of: Mapping[str, Any],
+    arm: str,
+    runtime: str,
+    data: str,
+    correct: int,
+    n: int,
+    interval: tuple[float, float],
+    engine: str = "",
+) -> dict[str, Any]:
+    """One row of accuracy.csv for the test split. of: holds arch, recipe and seed; interval: (low, high) in [0, 1]."""
+    return {
+        **{key: of[key] for key in ("arch", "recipe", "seed")},
+        **{"arm": arm, "runtime": runtime, "engine": engine, "data": data, "split": "test", "n": n, "correct": correct},
+        **{"accuracy": correct / n, "ci_low": interval[0], "ci_high": interval[1]},
+    }
+
+
+def size_row(
+    arch: str, arm: str, runtime: str, parameters: int, weight_bytes: int, artifact_bytes: int
+) -> dict[str, Any]:
+    """One row of size.csv."""
+    return {
+        **{"arch": arch, "arm": arm, "runtime": runtime, "parameters": parameters},
+        **{"weight_bytes": weight_bytes, "artifact_bytes": artifact_bytes},
+    }
+
+
+def prediction_key(arm: str, runtime: str, engine: str = "") -> str:
+    """Name of one array in a predictions file, for example ptq-eager-fbgemm."""
+    return "-".join(part for part in (arm, runtime, engine) if part)
+
+
+def gather(run_dir: str, results: Path) -> None:
+    """Collect `run_dir`/records into `results`: a CSV for each table, runs.json, and predictions/.
+
+    Rows are sorted, so the same records give the same files. Raises StudyError when there are no records or one is damaged.
+    """
+    paths = sorted((Path(run_dir) / "records").glob("*.json"))
+    if not paths:
+        raise StudyError(f"There are no records in {run_dir}; run the notebooks 01 to 06 with this run_dir first.")
+    tables: dict[str, list[dict[str, Any]]] = {table: [] for table in COLUMNS}
+    runs = {}
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+            runs[record["run_id"]] = record["run"]
+            for table, rows in record["tables"].items():
+                tables[table] += rows
+        except (ValueError, KeyError) as error:
+            raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
+        if path.with_suffix(".npz").exists():
+            with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:
+                aside.write_bytes(path.with_suffix(".npz").read_bytes())
+    for table, rows in tables.items():
+        keys = [column for column in COLUMNS[table] if column not in ("accuracy", "median_ms")]
+        frame = pd.DataFrame(rows, columns=COLUMNS[table]).sort_values(keys, kind="stable")
+        with whole_file(results / f"{table}.csv") as aside:
+            frame.to_csv(aside, index=False)
+    with whole_file(results / "runs.json") as aside:
+        aside.write_text(json.dumps(runs, indent=1, sort_keys=True))
+
+
+def read_results(results: Path) -> dict[str, pd.DataFrame]:
+    """Read the CSV files that `gather` wrote: table name -> frame. Raises StudyError when one is missing."""
+    frames = {}
+    for table, columns in COLUMNS.items():
+        path = Path(results) / f"{table}.csv"
+        if not path.exists():
+            raise StudyError(f"{path} is missing; gather the records of a run first.")
+        frames[table] = pd.read_csv(path, keep_default_na=False)[columns]
+    return frames
+
+
+def read_runs(results: Path) -> dict[str, dict[str, Any]]:
+    """Read runs.json: run_id -> how that run came to be."""
+    return json.loads((Path(results) / "runs.json").read_text())
+
+
+def read_predictions(results: Path, run_id: str) -> dict[str, np.ndarray]:
+    """Read the predicted classes of one run: `prediction_key` -> uint8 [n]."""
+    with np.load(Path(results) / "predictions" / f"{run_id}.npz") as stored:
+        return dict(stored)

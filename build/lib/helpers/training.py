@@ -1,0 +1,223 @@
+"""Training recipes, the one training loop and the one evaluation of the study.
+
+Called by notebooks; calls `data`, `models` (for the predictor), `progress` and `files`.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cpuinfo
+import numpy as np
+import torch
+from torch import nn
+
+from helpers.data import Dataset, Split, augment
+from helpers.files import StudyError, whole_file
+from helpers.models import Predictor, module_predictor
+from helpers.progress import progress
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How SGD runs. learning_rate: constant, or the peak of a one-cycle schedule (Smith and Topin, arXiv:1708.07120)."""
+
+    learning_rate: float
+    one_cycle: bool = False
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    batch_size: int = 64
+
+
+# `first` trains the fp32 arm, `further` every arm that goes on from it. `documented` is what the reference study says,
+# `as_run` what its code does, `tuned` ours.
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "documented": {"first": Recipe(learning_rate=1e-3), "further": Recipe(learning_rate=1e-3)},
+    "as_run": {"first": Recipe(learning_rate=0.1), "further": Recipe(learning_rate=1e-3)},
+    "tuned": {
+        "first": Recipe(0.1, one_cycle=True, momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128),
+        "further": Recipe(0.02, one_cycle=True, momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128),
+    },
+}
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Top-1 result on one split. predictions: uint8 [n], the predicted classes. accuracy: correct / n, in [0, 1]."""
+
+    predictions: np.ndarray
+    correct: int
+    n: int
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of images classified correctly."""
+        return self.correct / self.n
+
+
+def evaluate(predictor: Predictor, dataset: Dataset, split: Split, batch_size: int = 250) -> Evaluation:
+    """Score a predictor (any runtime, see `runtimes.load_predictor`) on every image of `split`."""
+    predictions = []
+    for start in range(0, len(split), batch_size):
+        images = dataset.normalise(split.images[start : start + batch_size])
+        predictions.append(predictor(images.cpu().numpy()).argmax(axis=1).astype(np.uint8))
+    classes = np.concatenate(predictions)
+    correct = int((classes == split.labels.cpu().numpy()).sum())
+    return Evaluation(classes, correct, len(split))
+
+
+def resolve_precision(precision: str) -> str:
+    """Turn `auto` into `bf16` where the GPU or the CPU multiplies bfloat16 in hardware, else into `fp32`.
+
+    Raises StudyError for a word that is not in PRECISIONS.
+    """
+    if precision not in PRECISIONS:
+        raise StudyError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(cpuinfo.get_cpu_info().get("flags", [])) else "fp32"
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    epochs: int,
+    seed: int,
+    checkpoint: Path,
+    label: str = "",
+    precision: str = "auto",
+    before_epoch: Callable[[nn.Module, int], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train `model` in place on `dataset.train` and return one row an epoch; the same call resumes after an interruption.
+
+    epochs: passes over the training images, >= 0. seed: decides the order and the augmentation of every epoch, so an
+    interrupted run ends like an uninterrupted one on the same machine. checkpoint: written after each epoch; it is taken
+    up again only if recipe, epochs, seed, data, precision and initial weights are the same. The caller deletes it once
+    the result is safe. before_epoch(model, epoch): called before every epoch, counted from 0, also after a resume.
+    Rows have epoch (from 1), lr (at the end of the epoch), train_loss, val_accuracy in [0, 1], seconds (of training,
+    validation left out) and images_per_second. Raises StudyError when the loss is no longer finite.
+    """
+    precision = resolve_precision(precision)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    key = _fit_key(model, dataset, recipe, epochs, seed, precision)
+    model.to(device, memory_format=torch.channels_last)
+    images, labels = dataset.train.images.to(device), dataset.train.labels.to(device)
+    steps = max(1, len(labels) // recipe.batch_size)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        recipe.learning_rate,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+    )
+    scheduler = None
+    if recipe.one_cycle and epochs:
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps * epochs)
+    parts = {"model": model, "optimizer": optimizer, **({"scheduler": scheduler} if scheduler else {})}
+    history = _resume(checkpoint, key, parts)
+
+    for epoch in range(len(history), epochs):
+        if before_epoch is not None:
+            before_epoch(model, epoch)
+        started = time.perf_counter()
+        loss = _train_epoch(
+            model, dataset, images, labels, steps, optimizer, scheduler, seed, epoch, precision, recipe, label
+        )
+        seconds = time.perf_counter() - started
+        validation = evaluate(module_predictor(model), dataset, dataset.validation)
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "lr": optimizer.param_groups[0]["lr"],
+                "train_loss": loss,
+                "val_accuracy": validation.accuracy,
+                "seconds": seconds,
+                "images_per_second": steps * min(recipe.batch_size, len(labels)) / seconds,
+            }
+        )
+        with whole_file(checkpoint) as aside:
+            torch.save({"key": key, "history": history} | {k: v.state_dict() for k, v in parts.items()}, aside)
+        left = (epochs - epoch - 1) * sum(row["seconds"] for row in history) / len(history)
+        print(
+            f"{label} epoch {epoch + 1}/{epochs}: loss {loss:.3f}, validation {validation.accuracy:.1%}, {seconds:.0f} s "
+            f"({history[-1]['images_per_second']:.0f} images/s), about {left / 60:.0f} min left",
+            flush=True,
+        )
+    model.to("cpu", memory_format=torch.contiguous_format).eval()
+    return history
+
+
+def _train_epoch(
+    model, dataset, images, labels, steps, optimizer, scheduler, seed, epoch, precision, recipe, label
+) -> float:
+    """One pass; the last incomplete batch is left out. Returns the mean loss."""
+    model.train()
+    criterion = nn.CrossEntropyLoss()
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    order = torch.randperm(len(labels), generator=generator).to(images.device)
+    autocast = torch.autocast(images.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    total = torch.zeros((), device=images.device)
+    for step in progress(range(steps), f"{label} epoch {epoch + 1}"):
+        chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+        batch = dataset.normalise(augment(images[chosen], generator, dataset.flip))
+        with autocast:
+            loss = criterion(model(batch.contiguous(memory_format=torch.channels_last)), labels[chosen])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        total += loss.detach()
+    mean = float(total) / steps
+    if not np.isfinite(mean):
+        raise StudyError(
+            f"{label}: the loss is {mean} in epoch {epoch + 1}; the training diverged, lower the learning rate."
+        )
+    return mean
+
+
+def _fit_key(model: nn.Module, dataset: Dataset, recipe: Recipe, epochs: int, seed: int, precision: str) -> str:
+    """A digest of all that decides the outcome of `fit`."""
+    facts = [
+        asdict(recipe),
+        epochs,
+        seed,
+        precision,
+        dataset.name,
+        dataset.sha256,
+        len(dataset.train),
+        torch.__version__,
+    ]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().clone().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _resume(checkpoint: Path, key: str, parts: dict) -> list[dict[str, float]]:
+    """Load the checkpoint into `parts` if it is whole and belongs to this call; the rows of the finished epochs."""
+    if not checkpoint.exists():
+        return []
+    try:
+        stored = torch.load(checkpoint, weights_only=True)
+    except Exception as error:  # whatever the damaged file makes the reader raise
+        raise StudyError(
+            f"{checkpoint} is damaged ({type(error).__name__}); delete it to train from the start."
+        ) from error
+    if stored["key"] != key:
+        return []
+    for name, part in parts.items():
+        part.load_state_dict(stored[name])
+    print(f"going on after epoch {len(stored['history'])} of {checkpoint.name}", flush=True)
+    return stored["history"]
