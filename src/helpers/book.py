@@ -17,6 +17,7 @@ from helpers.parameters import NOTEBOOKS
 from helpers.records import run_name
 
 PAGES = Path("book")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 BADGE = re.compile(r"\[!\[(?P<text>[^]]*)\]\([^)]*\)\]\((?P<link>[^)]*)\)")
 
 
@@ -29,14 +30,20 @@ def copy_pages(target: Path) -> None:
 
 
 def copy_chapter(executed: Path, chapter: Path) -> None:
-    """Copy an executed notebook; its Colab badge becomes a text link, so that the book loads nothing from other hosts."""
+    """Copy an executed notebook, so changed that the book loads nothing from other hosts.
+
+    The Colab badge becomes a text link, and progress bars that need a widget library are left out.
+    """
     if not executed.exists():
         raise StudyError(f"{executed} is missing; run its notebook first.")
     notebook = nbformat.read(executed, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = BADGE.sub(r"[\g<text>](\g<link>)", cell.source)
-    notebook.metadata.pop("papermill", None)
+        else:
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    for leftover in ("papermill", "widgets"):
+        notebook.metadata.pop(leftover, None)
     chapter.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, chapter)
 

@@ -33,6 +33,8 @@ for _message in ("`?torch.jit", "You are using the legacy TorchScript-based ONNX
     for _category in (DeprecationWarning, FutureWarning, UserWarning):
         warnings.filterwarnings("ignore", message=_message, category=_category)
 nncf.set_log_level("ERROR")
+# NNCF draws its progress bars with a widget library that the study does not need.
+warnings.filterwarnings("ignore", message='install "ipywidgets" for Jupyter support')
 
 RUNTIMES = ("eager", "torchscript", "onnxruntime", "openvino")
 SUFFIXES = {"eager": ".safetensors", "torchscript": ".pt", "onnxruntime": ".onnx", "openvino": ".xml"}
