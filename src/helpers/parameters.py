@@ -1,7 +1,8 @@
 """Parameters of notebooks and profiles: what is allowed, said once, and checked before any work starts.
 
 papermill only warns about a misspelt parameter and turns `-p epochs ten` into a string. So every notebook calls
-`check_parameters` in the cell after its parameters, and `make study` reads a profile through `load_profile`.
+`check_parameters` in the cell after its parameters, and `make study` reads a profile through `load_profile`. The lists of
+allowed words stand in the modules that they belong to.
 """
 
 import os
@@ -12,28 +13,31 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from helpers.data import DATA_NAMES
 from helpers.files import StudyError
+from helpers.models import ARCHS
+from helpers.quantization import QCONFIGS
+from helpers.training import PRECISIONS, RECIPES
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Arch = Literal["resnet18", "resnet34", "resnet50"]
-RecipeName = Literal["documented", "as_run", "tuned"]
-Engine = Literal["fbgemm", "x86"]
+Arch = Literal[*ARCHS]
+RecipeName = Literal[*RECIPES]
 
 # Every parameter that a notebook may declare: one name, one meaning, one range.
 PARAMETERS: dict[str, Any] = {
     "arch": Arch,
     "recipe": RecipeName,
     "seed": Count,
-    "data": Literal["digits", "cifar10"],
+    "data": Literal[*DATA_NAMES],
     "data_dir": str,
     "limit": Count,
     "run_dir": Annotated[str, Field(min_length=1)],
     "epochs": Count,
     "extra_epochs": Count,
-    "precision": Literal["auto", "fp32", "bf16"],
-    "qconfig": Literal["histogram_per_channel", "minmax_per_channel", "histogram_per_tensor"],
-    "engine": Engine,
+    "precision": Literal[*PRECISIONS],
+    "qconfig": Literal[*QCONFIGS],
+    "engine": Literal["fbgemm", "x86"],  # also where this machine has but one of them
     "calibration_images": Positive,
     "rounds": Positive,
     "threads": Annotated[list[Positive], Field(min_length=1)],
