@@ -55,6 +55,14 @@ def test_only_the_qat_qconfig_brings_fake_quantize(model):
     assert count_fake_quantize(prepare_qat(fuse(model), QCONFIGS["histogram_per_channel"])) == 0
 
 
+def test_qat_trains_under_bfloat16_autocast(model):
+    qat = prepare_qat(fuse_for_qat(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = qat(IMAGES)
+    logits.square().mean().backward()
+    assert logits.dtype == torch.float32 and all(p.grad.isfinite().all() for p in qat.parameters())
+
+
 @pytest.mark.parametrize("form", ["prepared", "prepared_qat", "prepared_observer_only"])
 def test_a_saved_arm_comes_back_as_the_same_int8_model(model, form, tmp_path):
     qconfig = QCONFIGS["minmax_per_channel"]

@@ -38,6 +38,23 @@ QCONFIGS: dict[str, tq.QConfig] = {
 }
 
 
+class FakeQuantize(tq.FusedMovingAvgObsFakeQuantize):
+    """PyTorch's FakeQuantize, also where autocast computes in bfloat16: its kernel takes float32 only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round `x` to the INT8 grid and back; float32, the shape of `x`."""
+        return super().forward(x.float())
+
+
+# PyTorch's own QAT qconfig for x86 CPUs: moving average min-max, activations with a narrower range (reduce_range).
+QAT_QCONFIG = tq.QConfig(
+    activation=FakeQuantize.with_args(
+        observer=tq.MovingAverageMinMaxObserver, quant_min=0, quant_max=255, reduce_range=True
+    ),
+    weight=tq.get_default_qat_qconfig("fbgemm").weight,
+)
+
+
 def set_engine(engine: str) -> None:
     """Choose the library whose INT8 kernels `convert` and `torch.jit.load` pack weights for, from now on.
 
@@ -83,7 +100,7 @@ def prepare_qat(fused: nn.Module, qconfig: tq.QConfig | None = None) -> nn.Modul
     only observers are attached and nothing is fake-quantised: what the reference study did.
     """
     prepared = copy.deepcopy(fused).train()
-    prepared.qconfig = qconfig or tq.get_default_qat_qconfig("fbgemm")
+    prepared.qconfig = qconfig or QAT_QCONFIG
     return tq.prepare_qat(prepared, inplace=True)
 
 
