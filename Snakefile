@@ -11,15 +11,15 @@ from helpers.parameters import load_profile
 NAME = config.get("profile", "quick")
 PROFILE = load_profile(NAME)
 RUN = f"runs/{NAME}"
-FIRST = {"arch": PROFILE.archs[0], "recipe": PROFILE.recipes[0], "seed": PROFILE.seeds[0]}
-MODELS = len(PROFILE.archs) * len(PROFILE.recipes) * len(PROFILE.seeds)
+FIRST = PROFILE.trained()[0]
 
 PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar --log-output "
 RECORD = RUN + "/records/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.json"
+COLLAPSE = f"{RUN}/records/09_ptq_collapse-s{FIRST['seed']}.json"
 EXECUTED = RUN + "/notebooks/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.ipynb"
 
 # Models train side by side when there are several; two threads each are enough for 32x32 images.
-threads_each = max(1, min(4, workflow.cores // MODELS)) if workflow.cores else 1
+threads_each = max(1, min(4, workflow.cores // len(PROFILE.trained()))) if workflow.cores else 1
 
 
 def parameters(notebook):
@@ -32,10 +32,9 @@ def parameters(notebook):
     return of
 
 
-def records(notebook, **only):
-    """Records of a notebook for all models of the profile, or for those that `only` names."""
-    chosen = {"arch": PROFILE.archs, "recipe": PROFILE.recipes, "seed": PROFILE.seeds} | only
-    return expand(RUN + "/records/" + notebook + "-{arch}-{recipe}-s{seed}.json", **chosen)
+def records(notebook, models):
+    """Records of a notebook for these models."""
+    return [RECORD.format(notebook=notebook).format(**model) for model in models]
 
 
 localrules:
@@ -141,10 +140,30 @@ rule onnx_openvino:
         PAPERMILL + "{input.notebook} {log} -y {params}"
 
 
+# Four ResNet50s of its own: it needs no other notebook.
+rule ptq_collapse:
+    input:
+        notebook="notebooks/09_ptq_collapse.ipynb",
+    output:
+        update(COLLAPSE),
+    log:
+        f"{RUN}/notebooks/09_ptq_collapse-s{FIRST['seed']}.ipynb",
+    params:
+        shlex.quote(json.dumps(PROFILE.arguments("09_ptq_collapse", NAME, seed=FIRST["seed"]))),
+    threads: threads_each
+    resources:
+        mem_mb=4000,
+        gpu=config.get("gpu", 0),
+    shell:
+        PAPERMILL + "{input.notebook} {log} -y {params}"
+
+
 # The benchmark waits until nothing else is left to do, and claims every core: it has the machine to itself.
 rule benchmark:
     input:
-        *(records(notebook) for notebook in ("04_jit", "05_onnx_openvino")),
+        *(records(notebook, PROFILE.trained()) for notebook in ("01_train", "02_ptq", "03_qat")),
+        *(records(notebook, PROFILE.served()) for notebook in ("04_jit", "05_onnx_openvino")),
+        COLLAPSE,
         notebook="notebooks/06_benchmark.ipynb",
     output:
         update(RECORD.format(notebook="06_benchmark")),
@@ -161,7 +180,7 @@ rule benchmark:
 
 rule analysis:
     input:
-        records("06_benchmark", recipe=FIRST["recipe"], seed=FIRST["seed"]),
+        records("06_benchmark", PROFILE.timed()),
         reference="book/reference_study.csv",
         notebook="notebooks/07_analysis.ipynb",
     output:
@@ -176,9 +195,25 @@ rule analysis:
         PAPERMILL + "{input.notebook} {log} -y {params}"
 
 
-rule book:
+rule qat_or_longer:
     input:
         rules.analysis.output,
+        notebook="notebooks/08_qat_or_longer.ipynb",
+    output:
+        update(f"{RUN}/book/results/qat.md"),
+    log:
+        f"{RUN}/notebooks/08_qat_or_longer.ipynb",
+    params:
+        shlex.quote(json.dumps(PROFILE.arguments("08_qat_or_longer", NAME))),
+    resources:
+        mem_mb=4000,
+    shell:
+        PAPERMILL + "{input.notebook} {log} -y {params}"
+
+
+rule book:
+    input:
+        rules.qat_or_longer.output,
         sorted(str(page) for page in Path("book").glob("*.*")),
     output:
         update(f"{RUN}/book/_build/html/index.html"),

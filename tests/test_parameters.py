@@ -3,6 +3,7 @@ import pytest
 from helpers.files import StudyError
 from helpers.parameters import NOTEBOOKS, PARAMETERS, check_parameters, declared_parameters, load_profile
 
+ONE = "models: [{archs: [resnet18], recipes: [tuned], seeds: [0]}]"
 GOOD = {"arch": "resnet18", "epochs": 3}
 
 
@@ -40,13 +41,13 @@ def test_every_profile_uses_declared_parameters_only(name):
     ("text", "said"),
     [
         (
-            "archs: [resnet18]\nrecipes: [tuned]\nseeds: [0]\nnotebooks: {01_train: {epoch: 3}}",
+            ONE + "\nnotebooks: {01_train: {epoch: 3}}",
             "epoch is not a parameter of 01_train",
         ),
-        ("archs: [resnet18]\nrecipes: [tuned]\nseeds: [0]\nnotebooks: {01_train: {epochs: 1e1x}}", "epochs is '1e1x'"),
-        ("archs: [resnet99]\nrecipes: [tuned]\nseeds: [0]", "archs.0 is 'resnet99'"),
-        ("archs: [resnet18]\nrecipes: [tuned]\nseed: [0]", "seed"),
-        ("archs: [", "is not YAML"),
+        (ONE + "\nnotebooks: {01_train: {epochs: 1e1x}}", "epochs is '1e1x'"),
+        ("models: [{archs: [resnet99], recipes: [tuned], seeds: [0]}]", "models.0.archs.0 is 'resnet99'"),
+        ("models: [{archs: [resnet18], recipes: [tuned], seed: [0]}]", "seed"),
+        ("models: [", "is not YAML"),
     ],
 )
 def test_a_bad_profile_ends_in_a_sentence_that_names_the_file(tmp_path, text, said):
@@ -58,3 +59,14 @@ def test_a_bad_profile_ends_in_a_sentence_that_names_the_file(tmp_path, text, sa
 def test_an_unknown_profile_names_those_there_are():
     with pytest.raises(StudyError, match="cifar10, quick, reference, smoke"):
         load_profile("quik")
+
+
+def test_a_profile_trains_each_model_once_and_exports_those_of_its_first_recipe(tmp_path):
+    blocks = "{archs: [resnet34, resnet18], recipes: [tuned], seeds: [1, 0]}, {archs: [resnet18], recipes: [tuned, as_run], seeds: [0]}"
+    (tmp_path / "mine.yml").write_text(f"models: [{blocks}]")
+    profile = load_profile("mine", tmp_path)
+    assert [tuple(model.values()) for model in profile.trained()] == [
+        *(("resnet34", "tuned", 1), ("resnet34", "tuned", 0), ("resnet18", "tuned", 1), ("resnet18", "tuned", 0)),
+        ("resnet18", "as_run", 0),
+    ]
+    assert len(profile.served()) == 4 and [model["seed"] for model in profile.timed()] == [1, 1]

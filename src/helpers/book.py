@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 
 from helpers.files import StudyError
-from helpers.parameters import NOTEBOOKS
+from helpers.parameters import NOTEBOOKS, declared_parameters
 from helpers.records import run_name
 
 PAGES = Path("book")
@@ -68,9 +68,10 @@ def build(book: Path) -> Path:
 def book_of_run(run: Path, arch: str, recipe: str, seed: int) -> Path:
     """Build the book of one run; its chapters are the executed notebooks of one model. Returns the first page."""
     book = run / "book"
+    model = {"arch": arch, "recipe": recipe, "seed": seed}
     copy_pages(book)
     for notebook in NOTEBOOKS:
-        name = notebook if notebook == "07_analysis" else run_name(notebook, arch, recipe, seed)
+        name = run_name(notebook, **{key: model[key] for key in model if key in declared_parameters(notebook)})
         copy_chapter(run / "notebooks" / f"{name}.ipynb", book / "chapters" / f"{notebook}.ipynb")
     return build(book)
 

@@ -3,8 +3,10 @@
 Called by notebooks, `quantization` and `runtimes`; calls no other helper but `files`.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import quantization as quantizable
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from helpers.files import StudyError, whole_file
 
@@ -20,20 +23,64 @@ ARCHS = ("resnet18", "resnet34", "resnet50")
 Predictor = Callable[[np.ndarray], np.ndarray]
 
 
-def build_model(arch: str, seed: int = 0, num_classes: int = 10) -> nn.Module:
+class BottleneckWithoutSecondReLU(quantizable.resnet.QuantizableBottleneck):
+    """The block of the reference study's ResNet50: nothing between its second batch norm and its third convolution."""
+
+    FUSED = [["conv1", "bn1", "relu1"], ["conv2", "bn2"], ["conv3", "bn3"]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.relu2 = nn.Identity()
+
+
+def build_model(arch: str, seed: int = 0, num_classes: int = 10, second_relu: bool = True) -> nn.Module:
     """Build torchvision's quantizable ResNet (He et al., arXiv:1512.03385) with random float weights drawn from `seed`.
 
     Torchvision has no quantizable ResNet34; it is put together from the same block. Input float32 [N, 3, H, W], output
-    logits [N, num_classes]. Raises StudyError for an arch that is not in ARCHS.
+    logits [N, num_classes]. second_relu: False leaves out the ReLU after the second batch norm of each bottleneck, as the
+    reference study did; the same seed gives the same weights. Raises StudyError for an arch that is not in ARCHS, and
+    when it has no bottlenecks to leave a ReLU out of.
     """
     layers = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
     if arch not in ARCHS:
         raise StudyError(f"arch is {arch!r}; allowed are {', '.join(ARCHS)}.")
+    if not second_relu and arch != "resnet50":
+        raise StudyError(f"second_relu is False for {arch}; only resnet50 has a second ReLU to leave out.")
     resnet = quantizable.resnet
-    block = resnet.QuantizableBottleneck if arch == "resnet50" else resnet.QuantizableBasicBlock
+    bottleneck = resnet.QuantizableBottleneck if second_relu else BottleneckWithoutSecondReLU
+    block = bottleneck if arch == "resnet50" else resnet.QuantizableBasicBlock
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return resnet.QuantizableResNet(block, layers[arch], num_classes=num_classes)
+
+
+def as_quantizable(model: ResNet) -> nn.Module:
+    """Torchvision's quantizable twin of any of its ResNets (or ResNeXts, wide ones included), with the weights of `model`.
+
+    The stem may have been replaced. Raises StudyError when the blocks are not torchvision's, or dilated.
+    """
+    blocks = {
+        BasicBlock: quantizable.resnet.QuantizableBasicBlock,
+        Bottleneck: quantizable.resnet.QuantizableBottleneck,
+    }
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    kinds = {type(block) for stage in stages for block in stage}
+    dilated = any(isinstance(m, nn.Conv2d) and m.dilation != (1, 1) for m in model.modules())
+    if len(kinds) != 1 or not kinds <= set(blocks) or dilated:
+        raise StudyError(
+            f"The blocks are {', '.join(sorted(kind.__name__ for kind in kinds))}{' and dilated' if dilated else ''}; "
+            "this works for torchvision's BasicBlock or Bottleneck without dilation."
+        )
+    twin = quantizable.resnet.QuantizableResNet(
+        blocks[kinds.pop()],
+        [len(stage) for stage in stages],
+        num_classes=model.fc.out_features,
+        groups=model.groups,
+        width_per_group=model.base_width,
+    )
+    twin.conv1, twin.maxpool = copy.deepcopy(model.conv1), copy.deepcopy(model.maxpool)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ allowed words stand in the modules that they belong to.
 
 import os
 from collections.abc import Mapping
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,9 +44,20 @@ PARAMETERS: dict[str, Any] = {
     "threads": Annotated[list[Positive], Field(min_length=1)],
     "batches": Annotated[list[Positive], Field(min_length=1)],
     "app_seconds": Positive,
+    "probed_images": Positive,
     "archs": Annotated[list[Arch], Field(min_length=1)],
 }
-NOTEBOOKS = ("01_train", "02_ptq", "03_qat", "04_jit", "05_onnx_openvino", "06_benchmark", "07_analysis")
+NOTEBOOKS = (
+    "01_train",
+    "02_ptq",
+    "03_qat",
+    "04_jit",
+    "05_onnx_openvino",
+    "06_benchmark",
+    "07_analysis",
+    "08_qat_or_longer",
+    "09_ptq_collapse",
+)
 
 
 def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,23 +104,44 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-class Profile(BaseModel):
-    """A profile file: which models to run, and the parameters of the notebooks, all of them declared there."""
+class Block(BaseModel):
+    """Models to train: every combination of these."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     archs: Annotated[list[Arch], Field(min_length=1)]
     recipes: Annotated[list[RecipeName], Field(min_length=1)]
     seeds: Annotated[list[Count], Field(min_length=1)]
+
+
+class Profile(BaseModel):
+    """A profile file: which models to run, and the parameters of the notebooks, all of them declared there."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    models: Annotated[list[Block], Field(min_length=1)]
     common: dict[str, Any] = {}
     notebooks: dict[str, dict[str, Any]] = {}
+
+    def trained(self) -> list[dict[str, Any]]:
+        """The models of all blocks, each once, as arch, recipe and seed; the first one gives the book its chapters."""
+        found = [product(block.archs, block.recipes, block.seeds) for block in self.models]
+        return [dict(zip(("arch", "recipe", "seed"), model, strict=True)) for model in dict.fromkeys(chain(*found))]
+
+    def served(self) -> list[dict[str, Any]]:
+        """The models that are exported: all that were trained with the first one's recipe."""
+        return [model for model in self.trained() if model["recipe"] == self.trained()[0]["recipe"]]
+
+    def timed(self) -> list[dict[str, Any]]:
+        """The models that the benchmark times: of each arch the first one, because latency does not depend on weights."""
+        return list({model["arch"]: model for model in reversed(self.served())}.values())[::-1]
 
     def arguments(self, notebook: str, name: str, **chosen: Any) -> dict[str, Any]:
         """The papermill parameters of one run of `notebook` under the profile called `name`; `chosen` wins."""
         declared = declared_parameters(notebook)
         values = {**self.common, **self.notebooks.get(notebook, {}), "run_dir": f"runs/{name}", **chosen}
         if "archs" in declared:
-            values["archs"] = self.archs
+            values["archs"] = [model["arch"] for model in self.timed()]
         return {key: value for key, value in values.items() if key in declared}
 
 

@@ -7,6 +7,7 @@ Called by notebooks and `runtimes`; calls `models`.
 import copy
 import io
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.files import StudyError
-from helpers.models import build_model, load_state, load_weights
+from helpers.models import BottleneckWithoutSecondReLU, build_model, load_state, load_weights
 
 # Announced years ahead and still in torch 2.14; the study measures this path because the reference study took it.
 warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
@@ -26,6 +27,21 @@ from torch.ao.nn import quantized as nnq  # noqa: E402
 
 ENGINES = tuple(engine for engine in ("fbgemm", "x86") if engine in torch.backends.quantized.supported_engines)
 
+
+class PercentileObserver(tq.MinMaxObserver):
+    """The range of a tensor without its tails: of each batch, the most extreme 0.1 % on either side are not looked at."""
+
+    tail = 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Record the range of `x`, any shape, and return it."""
+        values = x.detach().float().flatten()
+        beyond = int(self.tail * len(values))
+        low, high = (values.kthvalue(k).values for k in (1 + beyond, len(values) - beyond))
+        super().forward(torch.stack([low, high]))
+        return x
+
+
 # Where the parameters of activations and weights come from. The first is PyTorch's default for x86 CPUs.
 QCONFIGS: dict[str, tq.QConfig] = {
     "histogram_per_channel": tq.get_default_qconfig("fbgemm"),
@@ -35,10 +51,13 @@ QCONFIGS: dict[str, tq.QConfig] = {
     "histogram_per_tensor": tq.QConfig(
         activation=tq.HistogramObserver.with_args(reduce_range=True), weight=tq.default_weight_observer
     ),
+    "percentile_per_channel": tq.QConfig(
+        activation=PercentileObserver.with_args(reduce_range=True), weight=tq.default_per_channel_weight_observer
+    ),
 }
 
 
-class FakeQuantize(tq.FusedMovingAvgObsFakeQuantize):
+class AutocastFakeQuantize(tq.FusedMovingAvgObsFakeQuantize):
     """PyTorch's FakeQuantize, also where autocast computes in bfloat16: its kernel takes float32 only."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +67,7 @@ class FakeQuantize(tq.FusedMovingAvgObsFakeQuantize):
 
 # PyTorch's own QAT qconfig for x86 CPUs: moving average min-max, activations with a narrower range (reduce_range).
 QAT_QCONFIG = tq.QConfig(
-    activation=FakeQuantize.with_args(
+    activation=AutocastFakeQuantize.with_args(
         observer=tq.MovingAverageMinMaxObserver, quant_min=0, quant_max=255, reduce_range=True
     ),
     weight=tq.get_default_qat_qconfig("fbgemm").weight,
@@ -76,6 +95,11 @@ def fuse(model: nn.Module) -> nn.Module:
     """Fold batch norm into the convolutions and join their ReLU, in a copy; the logits stay those of `model` in eval mode."""
     fused = copy.deepcopy(model).eval()
     fused.fuse_model(is_qat=False)
+    for block in fused.modules():
+        if isinstance(block, BottleneckWithoutSecondReLU):  # torchvision's fuse_model goes by the exact type
+            tq.fuse_modules(block, block.FUSED, inplace=True)
+            if block.downsample is not None:
+                tq.fuse_modules(block.downsample, ["0", "1"], inplace=True)
     return fused
 
 
@@ -155,6 +179,81 @@ def load_arm(path: Path, engine: str = "fbgemm", arch: str | None = None) -> nn.
         raise StudyError(f"{path} has the form {form!r}; delete it and make it again.")
     load_state(prepared, state, path)
     return convert(prepared, engine)
+
+
+def simulate(fused: nn.Module, qconfig: tq.QConfig, images: Tensor) -> nn.Module:
+    """PTQ in float arithmetic, in a copy: weights on the INT8 grid, and a calibrated FakeQuantize after every activation.
+
+    Unlike an INT8 model it can be quantised in part, see `quantize_only`; all is quantised at first. images: the
+    calibration images, float32 [N, 3, H, W], normalised.
+    """
+    activation = tq.FakeQuantize.with_args(observer=qconfig.activation)
+    simulated = prepare(fused, tq.QConfig(activation=activation, weight=qconfig.weight))
+    simulated.apply(tq.disable_fake_quant)
+    calibrate(simulated, images)
+    simulated.apply(tq.disable_observer)
+    with torch.no_grad():
+        for module in simulated.modules():
+            if type(module) in (nn.Conv2d, nn.Linear):
+                module.weight.copy_(tq.FakeQuantize(qconfig.weight)(module.weight))
+    simulated.apply(tq.enable_fake_quant)
+    return simulated
+
+
+def activation_quantizers(simulated: nn.Module) -> dict[str, tq.FakeQuantize]:
+    """The FakeQuantize of every activation, by the name of the layer whose output it rounds, in order of the modules."""
+    suffix = ".activation_post_process"
+    return {n.removesuffix(suffix): m for n, m in simulated.named_modules() if isinstance(m, tq.FakeQuantize)}
+
+
+def quantize_only(simulated: nn.Module, layers: Collection[str]) -> None:
+    """Quantise the activations of these layers and no others; the weights stay on the INT8 grid."""
+    for name, quantizer in activation_quantizers(simulated).items():
+        quantizer.enable_fake_quant(name in layers)
+
+
+def activation_report(simulated: nn.Module, images: Tensor) -> list[dict[str, float | str]]:
+    """What the calibrated range of each activation leaves of an ordinary image; one row a layer, in order of execution.
+
+    images: float32 [N, 3, H, W], normalised, other ones than those of the calibration. Rows have layer; range: width of
+    the calibrated range; typical: the largest magnitude in the median image; spread: range / typical; levels: INT8 steps
+    within `typical`; sqnr_db: of all images together, 10 log10(sum x^2 / sum (x - q)^2); sqnr_typical_db: the same for
+    each image alone, of which the median. Each layer is quantised alone, on the float input.
+    """
+    quantizers = activation_quantizers(simulated)
+    rows: dict[
+        str, dict[str, float | str]
+    ] = {}  # a fused layer calls its quantizer twice, the second time to no effect
+
+    def look(layer: str):
+        def hook(quantizer: tq.FakeQuantize, inputs: tuple[Tensor], _output: Tensor) -> None:
+            x = inputs[0].flatten(1).double()
+            step = float(quantizer.scale)
+            low = -step * int(quantizer.zero_point)
+            high = low + step * (quantizer.quant_max - quantizer.quant_min)
+            rounded = (torch.round((x - low) / step) * step + low).clamp(low, high)
+            signal, noise = x.square().sum(1), (x - rounded).square().sum(1).clamp(min=1e-30)
+            typical = float(x.abs().amax(1).median())
+            rows[layer] = {
+                **{"layer": layer, "range": high - low, "typical": typical},
+                **{"spread": (high - low) / typical, "levels": typical / step},
+                "sqnr_db": float(10 * torch.log10(signal.sum() / noise.sum())),
+                "sqnr_typical_db": float(10 * torch.log10(signal / noise).median()),
+            }
+
+        return hook
+
+    enabled = [name for name, quantizer in quantizers.items() if quantizer.fake_quant_enabled[0]]
+    quantize_only(simulated, [])
+    hooks = [quantizer.register_forward_hook(look(layer)) for layer, quantizer in quantizers.items()]
+    try:
+        with torch.inference_mode():
+            simulated(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        quantize_only(simulated, enabled)
+    return list(rows.values())
 
 
 def layer_sqnr(reference: nn.Module, quantized: nn.Module, images: Tensor) -> dict[str, float]:

@@ -29,6 +29,7 @@ COLUMNS: dict[str, list[str]] = {
     ),
     "size": "arch arm runtime parameters weight_bytes artifact_bytes run_id".split(),
     "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
+    "diagnosis": "arch recipe second_relu seed epochs data split check setting n value run_id".split(),
 }
 VERSIONS_OF = ("torch", "torchvision", "openvino", "nncf", "onnx", "onnxruntime", "numpy", "pandas", "papermill")
 ISA_FLAGS = (
@@ -102,12 +103,13 @@ def save_record(
     data: tuple[str, str] | None,
     rows: Mapping[str, list[dict[str, Any]]],
     predictions: Mapping[str, np.ndarray] | None = None,
+    pages: Mapping[str, str] | None = None,
 ) -> Path:
     """Write what one run found: `run_dir`/records/`run_id`.json and, with `predictions`, the .npz beside it.
 
     data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
-    predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`). The JSON is written last and
-    whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
+    predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`).
+    pages: file name -> Markdown that the book includes as it is. The JSON is written last and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
     """
     run = {
         "notebook": run_id.split("-")[0],
@@ -122,12 +124,13 @@ def save_record(
         for row in found:
             if set(row) != set(COLUMNS[table]):
                 raise ValueError(f"{table} row has {sorted(set(row) ^ set(COLUMNS[table]))} too many or too few")
+    record = {"run_id": run_id, "run": run, "tables": tables, "pages": dict(pages or {})}
     path = Path(run_dir) / "records" / f"{run_id}.json"
     if predictions:
         with whole_file(path.with_suffix(".npz")) as aside:
             np.savez_compressed(aside, **predictions)
     with whole_file(path) as aside:
-        aside.write_text(json.dumps({"run_id": run_id, "run": run, "tables": tables}, indent=1, sort_keys=True))
+        aside.write_text(json.dumps(record, indent=1, sort_keys=True))
     return path
 
 
@@ -164,27 +167,37 @@ def prediction_key(arm: str, runtime: str, engine: str = "") -> str:
     return "-".join(part for part in (arm, runtime, engine) if part)
 
 
-def gather(run_dir: str, results: Path) -> None:
-    """Collect `run_dir`/records into `results`: a CSV for each table, runs.json, and predictions/.
+def gather(run_dir: str, results: Path, keep: bool = False) -> None:
+    """Collect `run_dir`/records into `results`: a CSV for each table, runs.json, predictions/, and pages for the book.
 
+    keep: leave what `results` has of other runs, so that a study which took several machines or days comes together.
     Rows are sorted, so the same records give the same files. Raises StudyError when there are no records or one is damaged.
     """
     paths = sorted((Path(run_dir) / "records").glob("*.json"))
     if not paths:
         raise StudyError(f"There are no records in {run_dir}; run the notebooks 01 to 06 with this run_dir first.")
     tables: dict[str, list[dict[str, Any]]] = {table: [] for table in COLUMNS}
-    runs = {}
+    runs: dict[str, Any] = {}
+    pages: dict[str, str] = {}
     for path in paths:
         try:
             record = json.loads(path.read_text())
             runs[record["run_id"]] = record["run"]
             for table, rows in record["tables"].items():
                 tables[table] += rows
+            pages |= record["pages"]
         except (ValueError, KeyError) as error:
             raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
         if path.with_suffix(".npz").exists():
             with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:
                 aside.write_bytes(path.with_suffix(".npz").read_bytes())
+    if keep and (results / "runs.json").exists():
+        for table, frame in read_results(results).items():
+            tables[table] += frame[~frame.run_id.isin(runs)].to_dict("records")
+        runs = read_runs(results) | runs
+    for name, text in pages.items():
+        with whole_file(results / name) as aside:
+            aside.write_text(text + "\n")
     for table, rows in tables.items():
         keys = [column for column in COLUMNS[table] if column not in ("accuracy", "median_ms")]
         frame = pd.DataFrame(rows, columns=COLUMNS[table]).sort_values(keys, kind="stable")
@@ -203,6 +216,16 @@ def read_results(results: Path) -> dict[str, pd.DataFrame]:
             raise StudyError(f"{path} is missing; gather the records of a run first.")
         frames[table] = pd.read_csv(path, keep_default_na=False)[columns]
     return frames
+
+
+def open_results(run_dir: str, results: Path) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
+    """Gather the records of a run if it has any, and read its results: (tables, runs) as `read_results` and `read_runs`.
+
+    Without records the results are read as they are: a published book brings them along.
+    """
+    if (Path(run_dir) / "records").exists():
+        gather(run_dir, results)
+    return read_results(results), read_runs(results)
 
 
 def read_runs(results: Path) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import numpy as np
 from scipy.stats import binomtest, t
 from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import ttost_paired
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -42,3 +43,42 @@ def mcnemar_exact(first_correct: np.ndarray, second_correct: np.ndarray) -> floa
     if only_first + only_second == 0:
         return 1.0
     return float(binomtest(only_first, only_first + only_second).pvalue)
+
+
+def paired_bootstrap(
+    first_correct: np.ndarray, second_correct: np.ndarray, seed: int, draws: int = 5000, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval for the mean difference in accuracy, first minus second, of two arms on the same images.
+
+    first_correct, second_correct: bool [seeds, n], paired by training seed and image. Each draw takes seeds and images
+    with replacement, the same images for every seed; with one seed the interval covers the images only. seed: of the
+    draws. Returns (low, high), fractions in [-1, 1]. Raises ValueError if the shapes differ. Source: Efron and
+    Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
+    """
+    if first_correct.shape != second_correct.shape or first_correct.ndim != 2:
+        raise ValueError(f"shapes {first_correct.shape} and {second_correct.shape}: both must be [seeds, n]")
+    difference = first_correct.astype(np.float64) - second_correct
+    seeds, n = difference.shape
+    generator = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for draw in range(draws):
+        chosen = difference[generator.integers(0, seeds, seeds)].mean(0)
+        means[draw] = chosen @ generator.multinomial(n, np.full(n, 1 / n)) / n
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def equivalence_p(first_correct: np.ndarray, second_correct: np.ndarray, margin: float) -> float:
+    """p-value of two one-sided tests that the accuracies of two arms differ by less than `margin`, over the images.
+
+    first_correct, second_correct: bool [seeds, n], paired; an image counts with its mean over seeds. A small value says
+    that the arms are equivalent, a large one that it could not be shown. Raises ValueError unless margin > 0.
+    Source: Schuirmann, J. Pharmacokin. Biopharm. 15 (1987), by statsmodels.
+    """
+    if margin <= 0:
+        raise ValueError(f"margin {margin} must be above 0")
+    first, second = first_correct.mean(0), second_correct.mean(0)
+    if np.array_equal(first, second):
+        return 0.0
+    return float(ttost_paired(first, second, -margin, margin)[0])
