@@ -1,9 +1,19 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from helpers.files import StudyError
-from helpers.models import ARCHS, build_model, count_parameters, load_weights, module_predictor, save_weights
+from helpers.models import (
+    ARCHS,
+    as_quantizable,
+    build_model,
+    count_parameters,
+    load_weights,
+    module_predictor,
+    save_weights,
+)
+from helpers.quantization import fuse
 
 MILLIONS = {"resnet18": 11.18, "resnet34": 21.29, "resnet50": 23.53}
 
@@ -30,3 +40,31 @@ def test_weights_files_that_cannot_be_used_end_in_a_sentence(tmp_path):
     save_weights(path, {"x": torch.zeros(3)}, {"made": "elsewhere"})
     with pytest.raises(StudyError, match="does not say which arch"):
         load_weights(path)
+
+
+@pytest.mark.parametrize("arch", ["resnet34", "resnext50_32x4d", "wide_resnet50_2"])
+def test_the_quantizable_twin_of_a_torchvision_resnet_gives_its_logits(arch):
+    model = torchvision.models.get_model(arch, num_classes=7).eval()
+    model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)  # as people do for small images
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.allclose(fuse(as_quantizable(model))(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+def test_a_resnet_with_other_blocks_ends_in_a_sentence():
+    dilated = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
+    with pytest.raises(StudyError, match="Bottleneck and dilated"):
+        as_quantizable(dilated)
+
+
+def test_the_second_relu_is_the_only_difference_of_the_reference_study_s_resnet50():
+    kept, dropped = (build_model("resnet50", second_relu=relu).eval() for relu in (True, False))
+    assert all(
+        torch.equal(a, b) for a, b in zip(kept.state_dict().values(), dropped.state_dict().values(), strict=True)
+    )
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert not torch.allclose(kept(images), dropped(images))
+        assert torch.allclose(fuse(dropped)(images), dropped(images), rtol=1e-3, atol=1e-3)
+    with pytest.raises(StudyError, match="only resnet50"):
+        build_model("resnet18", second_relu=False)

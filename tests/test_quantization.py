@@ -8,6 +8,8 @@ from helpers.models import build_model, save_weights
 from helpers.quantization import (
     ENGINES,
     QCONFIGS,
+    activation_quantizers,
+    activation_report,
     agreement,
     calibrate,
     convert,
@@ -19,7 +21,9 @@ from helpers.quantization import (
     prepare,
     prepare_qat,
     qconfig_named,
+    quantize_only,
     set_engine,
+    simulate,
     weight_bytes,
 )
 
@@ -48,6 +52,40 @@ def test_int8_model_is_near_the_float_model_and_a_quarter_of_its_size(model):
     sqnr = layer_sqnr(fused, quantized, IMAGES)
     assert list(sqnr)[0] == "conv1" and list(sqnr)[-1] == "fc" and min(sqnr.values()) > 10
     assert 3.9 < weight_bytes(model) / weight_bytes(quantized) < 4.1
+
+
+def test_the_simulation_answers_like_the_int8_model_and_in_part_like_the_float_model(model):
+    fused, qconfig = fuse(model), QCONFIGS["histogram_per_channel"]
+    prepared = prepare(fused, qconfig)
+    calibrate(prepared, IMAGES)
+    simulated = simulate(fused, qconfig, IMAGES)
+    with torch.inference_mode():
+        expected, got = convert(prepared, "fbgemm")(IMAGES), simulated(IMAGES)
+        assert np.corrcoef(expected.flatten(), got.flatten())[0, 1] > 0.95
+        quantize_only(simulated, [])
+        weights_alone = np.corrcoef(fused(IMAGES).flatten(), simulated(IMAGES).flatten())[0, 1]
+        assert weights_alone > np.corrcoef(fused(IMAGES).flatten(), got.flatten())[0, 1]
+
+
+def test_the_report_finds_the_layer_whose_range_one_image_stretched(model):
+    simulated = simulate(fuse(model), QCONFIGS["minmax_per_channel"], IMAGES)
+    before = {row["layer"]: row for row in activation_report(simulated, IMAGES)}
+    assert list(before)[0] == "quant" and list(before)[-1] == "fc"
+    activation_quantizers(simulated)["layer3.0.conv1"].scale.mul_(8)
+    after = {row["layer"]: row for row in activation_report(simulated, IMAGES)}
+    assert [name for name in before if after[name]["spread"] > 2 * before[name]["spread"]] == ["layer3.0.conv1"]
+    lost = before["layer3.0.conv1"]["sqnr_typical_db"] - after["layer3.0.conv1"]["sqnr_typical_db"]
+    assert lost == pytest.approx(20 * np.log10(8), abs=4)  # eight times the step
+
+
+def test_percentile_ranges_leave_out_the_tails():
+    x = torch.cat([torch.linspace(-1, 1, 10_000), torch.tensor([1000.0] * 5)])
+    ranges = {}
+    for name in ("minmax_per_channel", "percentile_per_channel"):
+        observer = QCONFIGS[name].activation()
+        observer(x)
+        ranges[name] = float(observer.max_val)
+    assert ranges["minmax_per_channel"] == 1000 and 0.98 < ranges["percentile_per_channel"] < 1
 
 
 def test_only_the_qat_qconfig_brings_fake_quantize(model):

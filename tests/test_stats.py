@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from helpers.stats import mcnemar_exact, seeds_interval, wilson_interval
+from helpers.stats import equivalence_p, mcnemar_exact, paired_bootstrap, seeds_interval, wilson_interval
 
 
 def test_wilson_interval_by_hand():
@@ -25,3 +25,35 @@ def test_seeds_interval_by_hand():
     assert seeds_interval(np.array([1.0, 2.0, 3.0])) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
     with pytest.raises(ValueError, match="at least two"):
         seeds_interval(np.array([1.0]))
+
+
+def test_paired_bootstrap_covers_the_difference_and_knows_pairs():
+    first = np.zeros((1, 400), bool)
+    first[0, :40] = True
+    second = np.zeros((1, 400), bool)
+    low, high = paired_bootstrap(first, second, seed=0)
+    # 40 of 400 differ, all one way: mean 0.1, standard error sqrt(0.1 * 0.9 / 400) = 0.015
+    assert low == pytest.approx(0.1 - 1.96 * 0.015, abs=0.004) and high == pytest.approx(0.1 + 1.96 * 0.015, abs=0.004)
+    assert paired_bootstrap(first, first, seed=0) == (0.0, 0.0)
+    assert paired_bootstrap(first, second, seed=1) == paired_bootstrap(first, second, seed=1)
+    with pytest.raises(ValueError, match=r"\[seeds, n\]"):
+        paired_bootstrap(first[0], second[0], seed=0)
+
+
+def test_paired_bootstrap_is_wider_when_seeds_disagree():
+    same = np.repeat(np.arange(1000)[None] < 500, 2, axis=0)
+    apart = np.stack([np.arange(1000) < 600, np.arange(1000) < 400])
+    other = np.repeat(np.arange(1000)[None] < 450, 2, axis=0)
+    narrow, wide = (np.ptp(paired_bootstrap(arm, other, seed=0)) for arm in (same, apart))
+    assert wide > 2 * narrow
+
+
+def test_equivalence_is_shown_by_many_equal_images_only():
+    answers = np.arange(10_000)[None] % 5 > 0
+    other = answers.copy()
+    other[0, :20] = ~other[0, :20]
+    assert equivalence_p(answers, other, 0.005) < 0.01
+    assert equivalence_p(answers[:, :100], other[:, :100], 0.005) > 0.05
+    assert equivalence_p(answers, answers, 0.005) == 0.0
+    with pytest.raises(ValueError, match="above 0"):
+        equivalence_p(answers, other, 0)

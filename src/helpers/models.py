@@ -29,6 +29,7 @@ class BottleneckWithoutSecondReLU(quantizable.resnet.QuantizableBottleneck):
     FUSED = [["conv1", "bn1", "relu1"], ["conv2", "bn2"], ["conv3", "bn3"]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what torchvision's Bottleneck takes."""
         super().__init__(*args, **kwargs)
         self.relu2 = nn.Identity()
 

@@ -41,7 +41,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "as_run": {"first": Recipe(learning_rate=0.1), "further": Recipe(learning_rate=1e-3)},
     "tuned": {
         "first": Recipe(0.1, one_cycle=True, momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128),
-        "further": Recipe(0.02, one_cycle=True, momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128),
+        # The same peak again, chosen on validation images of ResNet18 over 0.02.
+        "further": Recipe(0.1, one_cycle=True, momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128),
     },
 }
 
