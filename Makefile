@@ -1,10 +1,10 @@
-# make study [PROFILE=quick|cifar10|reference] · make test · make book · make lint · make bench · make repository URL=...
+# make study [PROFILE=quick|cifar10|reference] · make test · make book · make publish · make lint · make bench · make repository URL=...
 PROFILE ?= quick
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: study test book lint bench repository
+.PHONY: study test book publish lint bench repository
 
 study: $(BIN)/installed
 	$(BIN)/python -m helpers.study $(PROFILE)
@@ -14,6 +14,9 @@ test: $(BIN)/installed
 
 book: $(BIN)/installed
 	$(BIN)/python -m helpers.book published
+
+publish: $(BIN)/installed
+	$(BIN)/python -m helpers.book publish $(PROFILE)
 
 lint: $(BIN)/installed
 	$(BIN)/ruff check .

@@ -217,7 +217,5 @@ rule book:
         sorted(str(page) for page in Path("book").glob("*.*")),
     output:
         update(f"{RUN}/book/_build/html/index.html"),
-    params:
-        chapters=lambda _: " ".join(f"{FIRST[key]}" for key in ("arch", "recipe", "seed")),
     shell:
-        f"{shlex.quote(sys.executable)} -m helpers.book {RUN} {{params.chapters}}"
+        f"{shlex.quote(sys.executable)} -m helpers.book run {NAME}"

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from helpers.parameters import NOTEBOOKS
+from helpers.book import published_book
+from helpers.parameters import NOTEBOOKS, READERS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NO_BROWSER = "no Chromium on this machine (Debian: apt-get install chromium chromium-driver)"
@@ -106,20 +107,28 @@ def test_the_first_page_shows_what_was_found(site, browser):
 
 
 def test_chapters_carry_the_code_of_their_notebooks(smoke):
-    book_chapters_are_current(smoke / "book" / "chapters")
+    chapters_are_current(smoke / "book" / "chapters", NOTEBOOKS)
 
 
-@pytest.mark.skipif(not (ROOT / "book" / "chapters").exists(), reason="no published chapters yet")
+@pytest.mark.skipif(not (ROOT / "book" / "chapters").exists(), reason="nothing has been published yet")
 def test_published_chapters_carry_the_code_of_their_notebooks():
-    book_chapters_are_current(ROOT / "book" / "chapters")
+    published = [path.stem for path in (ROOT / "book" / "chapters").glob("*.ipynb")]
+    assert set(published) == set(NOTEBOOKS) - set(READERS)
+    chapters_are_current(ROOT / "book" / "chapters", published)
 
 
-def book_chapters_are_current(chapters: Path):
+@pytest.mark.skipif(not (ROOT / "book" / "results").exists(), reason="nothing has been published yet")
+def test_the_published_book_builds_from_the_committed_records(tmp_path):
+    page = published_book(tmp_path / "published")
+    assert "resnet18" in page.with_name("intro.html").read_text()
+
+
+def chapters_are_current(chapters: Path, names):
     def code(path):
         cells = nbformat.read(path, as_version=4).cells
         return [
             c.source for c in cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])
         ]
 
-    for name in NOTEBOOKS:
+    for name in names:
         assert code(chapters / f"{name}.ipynb") == code(ROOT / "notebooks" / f"{name}.ipynb"), name

@@ -1,5 +1,6 @@
 import io
 import os
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.data import augment, calibration_images, check_available, load_data, read_parquet
+from helpers.data import CIFAR10_CLASSES, augment, calibration_images, check_available, load_data, read_parquet
 from helpers.files import StudyError
 
 
@@ -54,6 +55,28 @@ def test_truncated_parquet_ends_in_a_sentence(tmp_path, pictures):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(StudyError, match="not a readable parquet"):
         load_data("cifar10", str(tmp_path), tmp_path / "cache")
+
+
+def test_a_damaged_torchvision_folder_ends_in_a_sentence(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half a download")
+    with pytest.raises(StudyError, match=r"incomplete or damaged.*\(1\)"):
+        load_data("cifar10", str(tmp_path), tmp_path / "cache")
+
+
+def test_torchvision_s_layout_gives_the_pixels_that_went_in(tmp_path, pictures, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    batch = {"data": pictures.transpose(0, 3, 1, 2).reshape(6, -1), "labels": [0, 1, 2, 3, 4, 9]}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10_CLASSES)}))
+    # Torchvision insists on the checksums of the original files, which these small ones cannot have.
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    monkeypatch.setattr("helpers.data.CIFAR10_VALIDATION", 6)
+    dataset = load_data("cifar10", str(tmp_path), tmp_path / "cache")
+    assert dataset.name == "cifar10" and (dataset.test.images.numpy() == pictures.transpose(0, 3, 1, 2)).all()
+    assert [len(dataset.train), len(dataset.validation), dataset.test.labels.tolist()] == [24, 6, [0, 1, 2, 3, 4, 9]]
 
 
 def test_no_data_names_the_three_ways(tmp_path):

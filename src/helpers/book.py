@@ -1,7 +1,7 @@
 """Put a run's results and executed notebooks between the pages of `book/`, and build the HTML.
 
-Command line: python -m helpers.book runs/PROFILE ARCH RECIPE SEED for a run's own book, or python -m helpers.book published
-for the book of the committed results.
+Command line: python -m helpers.book run PROFILE for the book of a run; publish PROFILE to add a run's results and chapters to the
+committed ones; published for the book of those.
 """
 
 import re
@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import papermill
 
 from helpers.files import StudyError
-from helpers.parameters import NOTEBOOKS, declared_parameters
-from helpers.records import run_name
+from helpers.parameters import NOTEBOOKS, READERS, declared_parameters, load_profile
+from helpers.records import gather, read_results, run_name
 
 PAGES = Path("book")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -65,34 +66,65 @@ def build(book: Path) -> Path:
     return book / "_build" / "html" / "index.html"
 
 
-def book_of_run(run: Path, arch: str, recipe: str, seed: int) -> Path:
-    """Build the book of one run; its chapters are the executed notebooks of one model. Returns the first page."""
-    book = run / "book"
-    model = {"arch": arch, "recipe": recipe, "seed": seed}
+def executed_notebook(notebook: str, profile: str) -> Path:
+    """Where the run of a profile keeps an executed notebook; of those that handle one model, its first model's."""
+    model = load_profile(profile).trained()[0]
+    chosen = {key: model[key] for key in model if key in declared_parameters(notebook)}
+    return Path("runs") / profile / "notebooks" / f"{run_name(notebook, **chosen)}.ipynb"
+
+
+def book_of_run(profile: str) -> Path:
+    """Build the book of one run. Returns the first page."""
+    book = Path("runs") / profile / "book"
     copy_pages(book)
     for notebook in NOTEBOOKS:
-        name = run_name(notebook, **{key: model[key] for key in model if key in declared_parameters(notebook)})
-        copy_chapter(run / "notebooks" / f"{name}.ipynb", book / "chapters" / f"{notebook}.ipynb")
+        copy_chapter(executed_notebook(notebook, profile), book / "chapters" / f"{notebook}.ipynb")
     return build(book)
 
 
-def published_book(target: Path = Path("runs/published/book")) -> Path:
-    """Build the book of the committed results and chapters, without running anything. Returns the first page."""
+def publish(profile: str) -> None:
+    """Add what a run has finished to the committed results and chapters in `book/`; nothing is trained or timed.
+
+    Results of other runs stay, so a study that took several machines or days comes together.
+    """
+    gather(str(Path("runs") / profile), PAGES / "results", keep=True)
+    for notebook in NOTEBOOKS:
+        if notebook not in READERS and executed_notebook(notebook, profile).exists():
+            copy_chapter(executed_notebook(notebook, profile), PAGES / "chapters" / f"{notebook}.ipynb")
+
+
+def published_book(run: Path = Path("runs/published")) -> Path:
+    """Build the book of the committed results and chapters; only the notebooks that read records run. Returns the first page."""
+    book = run / "book"
     for part in ("results", "chapters"):
         if not (PAGES / part).exists():
             raise StudyError(
                 f"{PAGES / part} is missing: nothing has been published yet. `make study` builds a book of your own."
             )
-        shutil.copytree(PAGES / part, target / part, dirs_exist_ok=True)
-    copy_pages(target)
-    return build(target)
+        shutil.rmtree(book / part, ignore_errors=True)
+        shutil.copytree(PAGES / part, book / part)
+    copy_pages(book)
+    (run / "notebooks").mkdir(exist_ok=True)
+    archs = sorted(read_results(book / "results")["latency"]["arch"].unique())
+    for notebook in READERS:
+        executed = run / "notebooks" / f"{notebook}.ipynb"
+        values = {"run_dir": str(run), "archs": archs}
+        declared = {key: values[key] for key in values if key in declared_parameters(notebook)}
+        papermill.execute_notebook(f"notebooks/{notebook}.ipynb", executed, declared, progress_bar=False)
+        copy_chapter(executed, book / "chapters" / f"{notebook}.ipynb")
+    return build(book)
 
 
 if __name__ == "__main__":
     try:
-        if sys.argv[1:] == ["published"]:
-            print(f"Open {published_book()}")
-        else:
-            print(f"Open {book_of_run(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))}")
+        match sys.argv[1:]:
+            case ["run", name]:
+                print(f"Open {book_of_run(name)}")
+            case ["publish", name]:
+                publish(name)
+            case ["published"]:
+                print(f"Open {published_book()}")
+            case other:
+                raise StudyError(f"{other} is given; allowed are run PROFILE, publish PROFILE and published.")
     except StudyError as error:
         sys.exit(f"book: {error}")

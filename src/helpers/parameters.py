@@ -58,6 +58,8 @@ NOTEBOOKS = (
     "08_qat_or_longer",
     "09_ptq_collapse",
 )
+# These read the records of all others, and train or time nothing.
+READERS = ("07_analysis", "08_qat_or_longer")
 
 
 def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
