@@ -104,6 +104,23 @@ rule qat:
         PAPERMILL + "{input.notebook} {log} -y {params}"
 
 
+rule jpeg_copy:
+    input:
+        rules.ptq.output,
+        notebook="notebooks/10_jpeg_copy.ipynb",
+    output:
+        update(RECORD.format(notebook="10_jpeg_copy")),
+    log:
+        EXECUTED.format(notebook="10_jpeg_copy"),
+    params:
+        parameters("10_jpeg_copy"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+    shell:
+        PAPERMILL + "{input.notebook} {log} -y {params}"
+
+
 rule jit:
     input:
         rules.ptq.output,
@@ -163,6 +180,7 @@ rule benchmark:
     input:
         *(records(notebook, PROFILE.trained()) for notebook in ("01_train", "02_ptq", "03_qat")),
         *(records(notebook, PROFILE.served()) for notebook in ("04_jit", "05_onnx_openvino")),
+        records("10_jpeg_copy", [FIRST]),
         COLLAPSE,
         notebook="notebooks/06_benchmark.ipynb",
     output:

@@ -6,11 +6,13 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import ROOT
 
-from helpers.book import published_book
+from helpers.book import publish, published_book
 from helpers.parameters import NOTEBOOKS, READERS
+from helpers.records import read_results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NO_BROWSER = "no Chromium on this machine (Debian: apt-get install chromium chromium-driver)"
@@ -117,10 +119,27 @@ def test_published_chapters_carry_the_code_of_their_notebooks():
     chapters_are_current(ROOT / "book" / "chapters", published)
 
 
+def test_a_published_book_keeps_other_runs_and_takes_every_run_once(smoke, tmp_path):
+    committed = tmp_path / "committed"
+    publish("smoke", committed)
+    once = read_results(committed / "results")
+    foreign = once["training"].assign(run_id="01_train-resnet34-tuned-s0", arch="resnet34")
+    pd.concat([once["training"], foreign]).to_csv(committed / "results" / "training.csv", index=False)
+    publish("smoke", committed)
+    twice = read_results(committed / "results")
+    assert all(twice[table].equals(once[table]) for table in once if table != "training")
+    assert len(twice["training"]) == 2 * len(once["training"]) and set(twice["training"].arch) == {
+        "resnet18",
+        "resnet34",
+    }
+    page = published_book(tmp_path / "run", committed)
+    assert "times faster than eager FP32" in page.with_name("intro.html").read_text()
+
+
 @pytest.mark.skipif(not (ROOT / "book" / "results").exists(), reason="nothing has been published yet")
 def test_the_published_book_builds_from_the_committed_records(tmp_path):
-    page = published_book(tmp_path / "published")
-    assert "resnet18" in page.with_name("intro.html").read_text()
+    page = published_book(tmp_path)
+    assert "cifar10" in page.with_name("intro.html").read_text()
 
 
 def chapters_are_current(chapters: Path, names):

@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -9,11 +10,21 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.data import CIFAR10_CLASSES, augment, calibration_images, check_available, load_data, read_parquet
+from helpers.data import (
+    CIFAR10_CLASSES,
+    augment,
+    calibration_images,
+    check_available,
+    load_data,
+    load_parquet,
+    lossless_test,
+    read_parquet,
+)
 from helpers.files import StudyError
 
 
 def write_cifar(folder, images, labels, encoding="PNG", columns=("img", "label")):
+    folder.mkdir(exist_ok=True)
     cells = []
     for image in images:
         buffer = io.BytesIO()
@@ -107,6 +118,19 @@ def test_calibration_images_are_the_same_for_the_same_seed():
     dataset = load_data("digits")
     assert torch.equal(calibration_images(dataset, 8, 1), calibration_images(dataset, 8, 1))
     assert not torch.equal(calibration_images(dataset, 8, 1), calibration_images(dataset, 8, 2))
+
+
+def test_lossless_images_find_their_jpeg_versions(tmp_path, pictures):
+    smooth = np.repeat(np.repeat(pictures[:, ::16, ::16], 16, 1), 16, 2)  # noise would not survive JPEG
+    write_cifar(tmp_path, smooth, [0, 1, 2, 3, 4, 9], "JPEG")
+    dataset = load_parquet(tmp_path, tmp_path / "cache")
+    copy = SimpleNamespace(test=dataset[1])
+    assert lossless_test(copy, str(tmp_path)) is None
+    write_cifar(tmp_path / "png", smooth[[4, 2]], [4, 2])
+    (tmp_path / "png" / "test-0.parquet").rename(tmp_path / "lossless_test-0.parquet")
+    original, lossy = lossless_test(copy, str(tmp_path))
+    assert (original.images.numpy() == smooth[[4, 2]].transpose(0, 3, 1, 2)).all()
+    assert torch.equal(lossy.images, copy.test.images[[4, 2]]) and not torch.equal(lossy.images, original.images)
 
 
 @pytest.mark.skipif(not os.environ.get("CIFAR10_ROOT"), reason="CIFAR10_ROOT is not set: no CIFAR-10 to read")

@@ -82,27 +82,27 @@ def book_of_run(profile: str) -> Path:
     return build(book)
 
 
-def publish(profile: str) -> None:
-    """Add what a run has finished to the committed results and chapters in `book/`; nothing is trained or timed.
+def publish(profile: str, published: Path = PAGES) -> None:
+    """Add what a run has finished to the committed results and chapters in `published`; nothing is trained or timed.
 
     Results of other runs stay, so a study that took several machines or days comes together.
     """
-    gather(str(Path("runs") / profile), PAGES / "results", keep=True)
+    gather(str(Path("runs") / profile), published / "results", keep=True)
     for notebook in NOTEBOOKS:
         if notebook not in READERS and executed_notebook(notebook, profile).exists():
-            copy_chapter(executed_notebook(notebook, profile), PAGES / "chapters" / f"{notebook}.ipynb")
+            copy_chapter(executed_notebook(notebook, profile), published / "chapters" / f"{notebook}.ipynb")
 
 
-def published_book(run: Path = Path("runs/published")) -> Path:
+def published_book(run: Path = Path("runs/published"), published: Path = PAGES) -> Path:
     """Build the book of the committed results and chapters; only the notebooks that read records run. Returns the first page."""
     book = run / "book"
     for part in ("results", "chapters"):
-        if not (PAGES / part).exists():
+        if not (published / part).exists():
             raise StudyError(
-                f"{PAGES / part} is missing: nothing has been published yet. `make study` builds a book of your own."
+                f"{published / part} is missing: nothing has been published yet. `make study` builds a book of your own."
             )
         shutil.rmtree(book / part, ignore_errors=True)
-        shutil.copytree(PAGES / part, book / part)
+        shutil.copytree(published / part, book / part)
     copy_pages(book)
     (run / "notebooks").mkdir(exist_ok=True)
     archs = sorted(read_results(book / "results")["latency"]["arch"].unique())

@@ -21,6 +21,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_VALIDATION = 5_000
+LOSSLESS = "lossless_test-*.parquet"
 
 THREE_WAYS = (
     "Give CIFAR-10 in one of three ways: (1) set CIFAR10_ROOT or data_dir to a folder that holds torchvision's "
@@ -239,6 +240,29 @@ def load_parquet(folder: Path, cache_dir: Path) -> tuple[Split, Split, str]:
             for part in ("train", "test")
         )
         return train, test, str(stored["name"])
+
+
+def lossless_test(dataset: Dataset, data_dir: str = "") -> tuple[Split, Split] | None:
+    """Original test images that lie beside a JPEG copy (lossless_test-*.parquet), and the copy's versions of the same images.
+
+    Returns (original, copy), paired by nearest pixels within a class; images that `dataset` does not hold are left out.
+    None when there is no such file or nothing in it matches.
+    """
+    kind, folder = find_cifar10(data_dir)
+    files = [] if folder is None else sorted({*folder.glob(LOSSLESS), *folder.parent.glob(LOSSLESS)})
+    if kind != "parquet" or not files:
+        return None
+    images, labels, _ = read_parquet(files)
+    original = Split(torch.from_numpy(images), torch.from_numpy(labels))
+    distance = torch.cdist(original.images.flatten(1).float(), dataset.test.images.flatten(1).float())
+    distance[original.labels[:, None] != dataset.test.labels[None]] = torch.inf
+    nearest = distance.min(1)
+    same = nearest.values.square() / images[0].size < 255**2 / 10 ** (20 / 10)  # 20 dB: far below what a JPEG loses
+    if not same.any():
+        return None
+    chosen = nearest.indices[same]
+    copy = Split(dataset.test.images[chosen], dataset.test.labels[chosen])
+    return Split(original.images[same], original.labels[same]), copy
 
 
 def read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -57,6 +57,7 @@ NOTEBOOKS = (
     "07_analysis",
     "08_qat_or_longer",
     "09_ptq_collapse",
+    "10_jpeg_copy",
 )
 # These read the records of all others, and train or time nothing.
 READERS = ("07_analysis", "08_qat_or_longer")
