@@ -185,7 +185,7 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
             runs[record["run_id"]] = record["run"]
             for table, rows in record["tables"].items():
                 tables[table] += rows
-            pages |= record["pages"]
+            pages |= record.get("pages", {})
         except (ValueError, KeyError) as error:
             raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
         if path.with_suffix(".npz").exists():
