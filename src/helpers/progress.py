@@ -1,11 +1,15 @@
 """A bar with the time left where a person watches; silence in batch, where callers print one line an epoch instead."""
 
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import TypeVar
 
 import psutil
-from tqdm.auto import tqdm
+
+# Without a widget library a notebook shows the bar as text, which is as good.
+warnings.filterwarnings("ignore", message="IProgress not found")
+from tqdm.auto import tqdm  # noqa: E402
 
 T = TypeVar("T")
 

@@ -22,6 +22,15 @@ SNAKEMAKE = [
 ]
 
 
+def _wait(snakemake: subprocess.Popen) -> int:
+    """The exit code of Snakemake, for which an interrupted study waits too: the lock holds until its notebooks have stopped."""
+    try:
+        return snakemake.wait()
+    except KeyboardInterrupt:
+        snakemake.wait()
+        raise
+
+
 def run_study(name: str, arguments: list[str]) -> int:
     """Run the profile called `name`; returns Snakemake's exit code, 0 when the book is there.
 
@@ -37,7 +46,7 @@ def run_study(name: str, arguments: list[str]) -> int:
         with FileLock(run / ".lock", timeout=0):
             started = time.time()
             command = [sys.executable, "-m", "snakemake", *SNAKEMAKE, *arguments, "--config", f"profile={name}"]
-            code = subprocess.run(command).returncode
+            code = _wait(subprocess.Popen(command))
     except Timeout as error:
         raise StudyError(f"Another study is running in {run}; wait for it, or choose another PROFILE.") from error
     page = run / "book" / "_build" / "html" / "index.html"
