@@ -15,6 +15,7 @@ test: $(BIN)/installed
 book: $(BIN)/installed
 	$(BIN)/python -m helpers.book published
 
+publish: PROFILE = reference
 publish: $(BIN)/installed
 	$(BIN)/python -m helpers.book publish $(PROFILE)
 

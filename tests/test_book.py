@@ -120,26 +120,29 @@ def test_published_chapters_carry_the_code_of_their_notebooks():
 
 
 def test_a_published_book_keeps_other_runs_and_takes_every_run_once(smoke, tmp_path):
-    committed = tmp_path / "committed"
-    publish("smoke", committed)
+    committed, readme = tmp_path / "committed", tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- found -->old<!-- end of found -->\nrest\n")
+    publish("smoke", committed, readme)
+    text = readme.read_text()
+    assert "times faster than eager FP32" in text and "old" not in text and text.endswith("rest\n")
     once = read_results(committed / "results")
     foreign = once["training"].assign(run_id="01_train-resnet34-tuned-s0", arch="resnet34")
     pd.concat([once["training"], foreign]).to_csv(committed / "results" / "training.csv", index=False)
-    publish("smoke", committed)
+    page = publish("smoke", committed, readme)
     twice = read_results(committed / "results")
     assert all(twice[table].equals(once[table]) for table in once if table != "training")
     assert len(twice["training"]) == 2 * len(once["training"]) and set(twice["training"].arch) == {
         "resnet18",
         "resnet34",
     }
-    page = published_book(tmp_path / "run", committed)
     assert "times faster than eager FP32" in page.with_name("intro.html").read_text()
 
 
 @pytest.mark.skipif(not (ROOT / "book" / "results").exists(), reason="nothing has been published yet")
-def test_the_published_book_builds_from_the_committed_records(tmp_path):
+def test_the_published_book_builds_from_the_committed_records_and_the_readme_says_what_it_says(tmp_path):
     page = published_book(tmp_path)
-    assert "cifar10" in page.with_name("intro.html").read_text()
+    headline = (page.parents[2] / "results" / "headline.md").read_text().strip()
+    assert headline in (ROOT / "README.md").read_text()
 
 
 def chapters_are_current(chapters: Path, names):

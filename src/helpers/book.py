@@ -13,12 +13,13 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from helpers.files import StudyError
+from helpers.files import StudyError, whole_file
 from helpers.parameters import NOTEBOOKS, READERS, declared_parameters, load_profile
 from helpers.records import gather, read_results, run_name
 
 PAGES = Path("book")
 WIDGET = "application/vnd.jupyter.widget-view+json"
+FOUND = re.compile(r"(<!-- found -->).*(<!-- end of found -->)", re.DOTALL)
 BADGE = re.compile(r"\[!\[(?P<text>[^]]*)\]\([^)]*\)\]\((?P<link>[^)]*)\)")
 
 
@@ -47,6 +48,14 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
         notebook.metadata.pop(leftover, None)
     chapter.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, chapter)
+
+
+def is_finished(executed: Path) -> bool:
+    """Whether papermill ran this notebook to its end without an error."""
+    if not executed.exists():
+        return False
+    papermill_says = nbformat.read(executed, as_version=4).metadata.get("papermill", {})
+    return bool(papermill_says.get("end_time")) and not papermill_says.get("exception")
 
 
 def build(book: Path) -> Path:
@@ -82,15 +91,23 @@ def book_of_run(profile: str) -> Path:
     return build(book)
 
 
-def publish(profile: str, published: Path = PAGES) -> None:
+def publish(profile: str, published: Path = PAGES, readme: Path = Path("README.md")) -> Path:
     """Add what a run has finished to the committed results and chapters in `published`; nothing is trained or timed.
 
-    Results of other runs stay, so a study that took several machines or days comes together.
+    Results of other runs stay, so a study that took several machines or days comes together. The book of all that is
+    built, and what it found goes into `readme`. Returns the book's first page.
     """
     gather(str(Path("runs") / profile), published / "results", keep=True)
     for notebook in NOTEBOOKS:
-        if notebook not in READERS and executed_notebook(notebook, profile).exists():
+        if notebook not in READERS and is_finished(executed_notebook(notebook, profile)):
             copy_chapter(executed_notebook(notebook, profile), published / "chapters" / f"{notebook}.ipynb")
+    page = published_book(published=published)
+    found = page.parents[2] / "results"
+    shutil.copy(found / "overview.png", published / "results" / "overview.png")
+    headline = (found / "headline.md").read_text().strip()
+    with whole_file(readme) as aside:
+        aside.write_text(FOUND.sub(lambda match: f"{match[1]}\n{headline}\n{match[2]}", readme.read_text()))
+    return page
 
 
 def published_book(run: Path = Path("runs/published"), published: Path = PAGES) -> Path:
@@ -106,6 +123,8 @@ def published_book(run: Path = Path("runs/published"), published: Path = PAGES) 
     copy_pages(book)
     (run / "notebooks").mkdir(exist_ok=True)
     archs = sorted(read_results(book / "results")["latency"]["arch"].unique())
+    if not archs:
+        raise StudyError(f"{published / 'results'} has no latencies; publish a run that has finished its benchmark.")
     for notebook in READERS:
         executed = run / "notebooks" / f"{notebook}.ipynb"
         values = {"run_dir": str(run), "archs": archs}
@@ -121,10 +140,10 @@ if __name__ == "__main__":
             case ["run", name]:
                 print(f"Open {book_of_run(name)}")
             case ["publish", name]:
-                publish(name)
+                print(f"Open {publish(name)}")
             case ["published"]:
                 print(f"Open {published_book()}")
             case other:
                 raise StudyError(f"{other} is given; allowed are run PROFILE, publish PROFILE and published.")
-    except StudyError as error:
-        sys.exit(f"book: {error}")
+    except (StudyError, papermill.PapermillExecutionError) as error:
+        sys.exit(f"book: {str(error).strip().splitlines()[-1]}")

@@ -6,6 +6,7 @@ Called by notebooks and by `training`; calls no other helper but `files`.
 import hashlib
 import io
 import os
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -176,6 +177,10 @@ def _cifar10(data_dir: str, cache_dir: Path) -> Dataset:
         train, test, name = load_parquet(folder, cache_dir)
     else:
         train, test, name = _torchvision(folder or cache_dir, download=folder is None)
+    if len(train) <= CIFAR10_VALIDATION:
+        raise StudyError(
+            f"{folder} has {len(train)} training images; more than {CIFAR10_VALIDATION} are needed. {THREE_WAYS}"
+        )
     order = _shuffled(len(train))
     held_out, kept = order[:CIFAR10_VALIDATION], order[CIFAR10_VALIDATION:]
     return Dataset(
@@ -225,7 +230,7 @@ def load_parquet(folder: Path, cache_dir: Path) -> tuple[Split, Split, str]:
     files = {part: sorted(folder.glob(f"{part}-*.parquet")) for part in ("train", "test")}
     key = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for fs in files.values() for f in fs])
     cache = cache_dir / f"cifar10-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    if not cache.exists():
+    if not zipfile.is_zipfile(cache):  # missing or damaged
         arrays: dict[str, np.ndarray] = {}
         lossy = False
         for part, paths in files.items():
@@ -283,8 +288,13 @@ def read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, bool]:
             raise StudyError(f"{path} is not a readable parquet file ({error}). {THREE_WAYS}") from error
         if not {"img", "label"} <= set(table.column_names):
             raise StudyError(f"{path} has the columns {table.column_names}; CIFAR-10 needs img and label. {THREE_WAYS}")
-        part = table["label"].to_numpy().astype(np.int64)
-        if part.size and not 0 <= part.min() <= part.max() <= 9:
+        try:
+            part = table["label"].to_numpy().astype(np.int64)
+        except (ValueError, TypeError) as error:
+            raise StudyError(f"{path} has labels that are no numbers ({error}). {THREE_WAYS}") from error
+        if not len(part):
+            raise StudyError(f"{path} has no rows. {THREE_WAYS}")
+        if not 0 <= part.min() <= part.max() <= 9:
             raise StudyError(f"{path} has labels from {part.min()} to {part.max()}; CIFAR-10 has 0 to 9. {THREE_WAYS}")
         labels.append(part)
         for row, cell in enumerate(table["img"].to_pylist()):

@@ -1,6 +1,7 @@
 """Files appear whole or not at all, and what goes wrong is said in one sentence."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,11 +33,25 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield aside
         os.chmod(aside, 0o644)
         os.replace(aside, path)
-    except OSError as error:
+    except StudyError:
+        raise
+    except Exception as error:
+        full = (
+            path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20
+        )  # writers have exceptions of their own
+        if not full and not isinstance(error, OSError):
+            raise
+        why = "the disk is full" if full else getattr(error, "strerror", None) or error
         raise StudyError(
-            f"{path} could not be written ({error.strerror or error}); free some space or choose another run_dir that "
-            "can be written. What was there before is unchanged."
+            f"{path} could not be written ({why}); free some space or choose another run_dir that can be written. "
+            "What was there before is unchanged."
         ) from error
     finally:
         if aside is not None:
             aside.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise StudyError now if nothing can be written into `folder` later."""
+    with whole_file(Path(folder) / ".writable") as aside:
+        aside.touch()

@@ -58,7 +58,7 @@ def build_model(arch: str, seed: int = 0, num_classes: int = 10, second_relu: bo
 def as_quantizable(model: ResNet) -> nn.Module:
     """Torchvision's quantizable twin of any of its ResNets (or ResNeXts, wide ones included), with the weights of `model`.
 
-    The stem may have been replaced. Raises StudyError when the blocks are not torchvision's, or dilated.
+    Stem and classifier may have been replaced. Raises StudyError when the blocks are not torchvision's, or dilated.
     """
     blocks = {
         BasicBlock: quantizable.resnet.QuantizableBasicBlock,
@@ -75,11 +75,11 @@ def as_quantizable(model: ResNet) -> nn.Module:
     twin = quantizable.resnet.QuantizableResNet(
         blocks[kinds.pop()],
         [len(stage) for stage in stages],
-        num_classes=model.fc.out_features,
         groups=model.groups,
         width_per_group=model.base_width,
     )
-    twin.conv1, twin.maxpool = copy.deepcopy(model.conv1), copy.deepcopy(model.maxpool)
+    for name in ("conv1", "maxpool", "fc"):
+        setattr(twin, name, copy.deepcopy(getattr(model, name)))
     twin.load_state_dict(model.state_dict())
     return twin.eval()
 

@@ -5,6 +5,7 @@ papermill only warns about a misspelt parameter and turns `-p epochs ten` into a
 allowed words stand in the modules that they belong to.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from itertools import chain, product
@@ -15,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from helpers.data import DATA_NAMES
-from helpers.files import StudyError
+from helpers.files import StudyError, check_writable
 from helpers.models import ARCHS
 from helpers.quantization import QCONFIGS
 from helpers.training import PRECISIONS, RECIPES
@@ -67,13 +68,16 @@ def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Check the parameters of the running notebook and return them by name.
 
     namespace: the notebook's `globals()`. Its annotated names are the declared parameters; what papermill injected must be
-    among them. Raises StudyError for an unknown name, a wrong type or a value that is not allowed.
+    among them. Raises StudyError for an unknown name, a wrong type, a value that is not allowed or a run_dir that cannot be
+    written.
     """
     declared = list(namespace["__annotations__"])
     injected = [name for cell in namespace.get("In", []) if cell.startswith("# Parameters") for name in _assigned(cell)]
     _no_others(injected, declared, "this notebook")
-    values = {name: namespace[name] for name in declared}
-    return _checked(values, "")
+    values = _checked({name: namespace[name] for name in declared}, "")
+    if "run_dir" in values:
+        check_writable(Path(values["run_dir"]))
+    return values
 
 
 def _assigned(cell: str) -> list[str]:
@@ -182,10 +186,18 @@ def declared_parameters(notebook: str, folder: Path = Path("notebooks")) -> list
 def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **chosen: Any) -> None:
     """Run `notebook` if its `record` is missing, with those of `parameters` that it declares, so that any notebook runs alone.
 
-    chosen: parameters that win over `parameters`. The executed notebook is kept beside the record's folder.
+    chosen: parameters that win over `parameters`. The executed notebook is kept beside the record's folder. Raises
+    StudyError when the record is of other images.
     """
     record = Path(record)
     if record.exists():
+        made = json.loads(record.read_text())["run"]["parameters"]
+        for name in ("data", "limit"):
+            if name in made and name in parameters and made[name] != parameters[name]:
+                raise StudyError(
+                    f"{name} is {parameters[name]!r}, but {record} was made with {made[name]!r}; give another run_dir, "
+                    f"or remove {record.parent.parent}."
+                )
         return
     import papermill
 

@@ -216,9 +216,9 @@ def activation_report(simulated: nn.Module, images: Tensor) -> list[dict[str, fl
     """What the calibrated range of each activation leaves of an ordinary image; one row a layer, in order of execution.
 
     images: float32 [N, 3, H, W], normalised, other ones than those of the calibration. Rows have layer; range: width of
-    the calibrated range; typical: the largest magnitude in the median image; spread: range / typical; levels: INT8 steps
+    the calibrated range; typical: the largest magnitude in the median image, at least half a step; spread: range / typical; levels: INT8 steps
     within `typical`; sqnr_db: of all images together, 10 log10(sum x^2 / sum (x - q)^2); sqnr_typical_db: the same for
-    each image alone, of which the median. Each layer is quantised alone, on the float input.
+    each image alone, of which the median. Each activation is rounded alone; only the weights are on the INT8 grid before.
     """
     quantizers = activation_quantizers(simulated)
     rows: dict[
@@ -232,8 +232,8 @@ def activation_report(simulated: nn.Module, images: Tensor) -> list[dict[str, fl
             low = -step * int(quantizer.zero_point)
             high = low + step * (quantizer.quant_max - quantizer.quant_min)
             rounded = (torch.round((x - low) / step) * step + low).clamp(low, high)
-            signal, noise = x.square().sum(1), (x - rounded).square().sum(1).clamp(min=1e-30)
-            typical = float(x.abs().amax(1).median())
+            signal, noise = (part.square().sum(1).clamp(min=1e-30) for part in (x, x - rounded))
+            typical = max(float(x.abs().amax(1).median()), step / 2)  # smaller values are rounded to zero anyway
             rows[layer] = {
                 **{"layer": layer, "range": high - low, "typical": typical},
                 **{"spread": (high - low) / typical, "levels": typical / step},

@@ -87,8 +87,11 @@ def machine_name(facts: Mapping[str, Any]) -> str:
 
 
 def commit() -> str:
-    """The commit of the code that runs, `-dirty` when a tracked file differs from it, `unknown` outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit checked out in the working folder, `-dirty` when a tracked file differs from it, `unknown` outside git.
+
+    Every notebook works from the top folder of the study, also where the package itself is installed elsewhere.
+    """
+    git = ["git"]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode:
         return "unknown"
@@ -171,7 +174,8 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
     """Collect `run_dir`/records into `results`: a CSV for each table, runs.json, predictions/, and pages for the book.
 
     keep: leave what `results` has of other runs, so that a study which took several machines or days comes together.
-    Rows are sorted, so the same records give the same files. Raises StudyError when there are no records or one is damaged.
+    Rows are sorted, so the same records give the same files. Raises StudyError when there are no records, when one is
+    damaged, and when one would replace a kept run of other data or parameters.
     """
     paths = sorted((Path(run_dir) / "records").glob("*.json"))
     if not paths:
@@ -192,6 +196,7 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
             with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:
                 aside.write_bytes(path.with_suffix(".npz").read_bytes())
     if keep and (results / "runs.json").exists():
+        _no_other_experiment(read_runs(results), runs)
         for table, frame in read_results(results).items():
             tables[table] += frame[~frame.run_id.isin(runs)].to_dict("records")
         runs = read_runs(results) | runs
@@ -205,6 +210,22 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
             frame.to_csv(aside, index=False)
     with whole_file(results / "runs.json") as aside:
         aside.write_text(json.dumps(runs, indent=1, sort_keys=True))
+
+
+def _no_other_experiment(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise StudyError if a run would replace one of the same name that had other data or parameters."""
+    places = ("run_dir", "data_dir")
+    for run_id in sorted(before.keys() & now.keys()):
+        facts = [
+            {"data": run["data"]} | {key: value for key, value in run["parameters"].items() if key not in places}
+            for run in (before[run_id], now[run_id])
+        ]
+        different = [key for key in facts[0] | facts[1] if facts[0].get(key) != facts[1].get(key)]
+        if different:
+            raise StudyError(
+                f"{run_id} is there already with another {', '.join(different)}; publish a run of the same profile, or remove "
+                "the results it would replace."
+            )
 
 
 def read_results(results: Path) -> dict[str, pd.DataFrame]:

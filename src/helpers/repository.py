@@ -32,7 +32,7 @@ def rewrite(url: str, root: Path = Path(".")) -> list[Path]:
         root / "README.md",
         root / "CITATION.cff",
         root / "book/_config.yml",
-    ] + sorted((root / "notebooks").glob("*.ipynb")):
+    ] + sorted([*(root / "notebooks").glob("*.ipynb"), *(root / "book/chapters").glob("*.ipynb")]):
         text = path.read_text()
         new = text
         for before, after in swaps:

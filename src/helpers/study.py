@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from helpers.data import check_available
-from helpers.files import StudyError, whole_file
+from helpers.files import StudyError, check_writable
 from helpers.parameters import load_profile
 
 SNAKEMAKE = [
@@ -40,8 +40,7 @@ def run_study(name: str, arguments: list[str]) -> int:
     profile = load_profile(name)
     check_available(profile.common.get("data", "digits"), profile.common.get("data_dir", ""))
     run = Path("runs") / name
-    with whole_file(run / ".writable") as aside:
-        aside.touch()
+    check_writable(run)
     try:
         with FileLock(run / ".lock", timeout=0):
             started = time.time()

@@ -212,11 +212,12 @@ def _resume(checkpoint: Path, key: str, parts: dict) -> list[dict[str, float]]:
         return []
     try:
         stored = torch.load(checkpoint, weights_only=True)
+        same = stored["key"] == key
     except Exception as error:  # whatever the damaged file makes the reader raise
         raise StudyError(
             f"{checkpoint} is damaged ({type(error).__name__}); delete it to train from the start."
         ) from error
-    if stored["key"] != key:
+    if not same:
         return []
     for name, part in parts.items():
         part.load_state_dict(stored[name])
