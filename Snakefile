@@ -18,8 +18,10 @@ RECORD = RUN + "/records/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.json"
 COLLAPSE = f"{RUN}/records/09_ptq_collapse-s{FIRST['seed']}.json"
 EXECUTED = RUN + "/notebooks/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.ipynb"
 
-# Models train side by side when there are several; two threads each are enough for 32x32 images.
-threads_each = max(1, min(4, workflow.cores // len(PROFILE.trained()))) if workflow.cores else 1
+# Cores of one machine: here those that Snakemake was given; on a cluster, where it gets none, the configuration's `threads`.
+CORES = workflow.cores or int(config.get("threads", 1))
+# Models train side by side when there are several, and at 32x32 pixels more than four threads do not help one.
+threads_each = max(1, min(4, CORES // len(PROFILE.trained())))
 
 
 def parameters(notebook):
@@ -189,7 +191,7 @@ rule benchmark:
         EXECUTED.format(notebook="06_benchmark"),
     params:
         parameters("06_benchmark"),
-    threads: workflow.cores or 1
+    threads: CORES
     resources:
         mem_mb=4000,
     shell:

@@ -1,7 +1,8 @@
 import pytest
 
 from helpers.files import StudyError
-from helpers.parameters import NOTEBOOKS, PARAMETERS, check_parameters, declared_parameters, load_profile
+from helpers.parameters import NOTEBOOKS, PARAMETERS, check_parameters, declared_parameters, ensure, load_profile
+from helpers.records import save_record
 
 ONE = "models: [{archs: [resnet18], recipes: [tuned], seeds: [0]}]"
 GOOD = {"arch": "resnet18", "epochs": 3}
@@ -70,3 +71,11 @@ def test_a_profile_trains_each_model_once_and_exports_those_of_its_first_recipe(
         ("resnet18", "as_run", 0),
     ]
     assert len(profile.served()) == 4 and [model["seed"] for model in profile.timed()] == [1, 1]
+
+
+def test_a_record_of_other_images_is_not_reused(tmp_path):
+    save_record(str(tmp_path), "01_train-resnet18-tuned-s0", {"data": "digits", "limit": 0}, None, {})
+    record = tmp_path / "records" / "01_train-resnet18-tuned-s0.json"
+    ensure(record, "01_train", {"data": "digits", "limit": 0})
+    with pytest.raises(StudyError, match="data is 'cifar10', but .* was made with 'digits'"):
+        ensure(record, "01_train", {"data": "cifar10", "limit": 0})

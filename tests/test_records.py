@@ -1,5 +1,6 @@
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,3 +51,29 @@ def test_a_run_directory_that_cannot_be_written_ends_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StudyError, match="choose another run_dir"), whole_file(tmp_path / "file" / "x.json"):
         pass
+
+
+def test_the_sentence_comes_also_when_the_writer_has_an_exception_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.files.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(StudyError, match="the disk is full"), whole_file(tmp_path / "x.pt"):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+
+def test_a_kept_run_is_not_replaced_by_another_experiment(tmp_path):
+    def save(epochs, run_dir):
+        save_record(
+            str(run_dir),
+            "01_train-resnet18-tuned-s0",
+            {"epochs": epochs, "run_dir": str(run_dir)},
+            ("digits", "ab"),
+            {},
+        )
+
+    for epochs, run_dir in ((10, tmp_path / "a"), (10, tmp_path / "b"), (5, tmp_path / "c")):
+        save(epochs, run_dir)
+    gather(str(tmp_path / "a"), tmp_path / "results", keep=True)
+    gather(str(tmp_path / "b"), tmp_path / "results", keep=True)
+    before = (tmp_path / "results" / "runs.json").read_bytes()
+    with pytest.raises(StudyError, match="already with another epochs"):
+        gather(str(tmp_path / "c"), tmp_path / "results", keep=True)
+    assert (tmp_path / "results" / "runs.json").read_bytes() == before

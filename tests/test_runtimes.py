@@ -16,6 +16,7 @@ from helpers.runtimes import (
     export_torchscript,
     layers_run_as,
     load_predictor,
+    openvino_benchmark_app,
     quantize_openvino,
 )
 
@@ -70,6 +71,10 @@ def test_openvino_files_keep_float32_and_shrink_fourfold_when_quantized(files):
     quantize_openvino(folder / "fp32.xml", IMAGES, folder / "ptq_nncf.xml")
     assert artifact_bytes(folder / "ptq_nncf.xml") < artifact_bytes(folder / "fp32.xml") / 3.5
     assert {layer["precision"] for layer in layers_run_as(folder / "ptq_nncf.xml", "openvino")} == {"int8"}
+
+
+def test_openvino_s_own_benchmark_gives_a_latency(files):
+    assert 0 < openvino_benchmark_app(files[0] / "ptq.xml", threads=1, batch=1, seconds=1) < 1000
 
 
 def test_damaged_files_and_unknown_runtimes_end_in_a_sentence(files, tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from helpers.stats import equivalence_p, mcnemar_exact, paired_bootstrap, seeds_interval, wilson_interval
+from helpers.stats import difference_interval, mcnemar_exact, paired_bootstrap, seeds_interval, wilson_interval
 
 
 def test_wilson_interval_by_hand():
@@ -48,12 +48,20 @@ def test_paired_bootstrap_is_wider_when_seeds_disagree():
     assert wide > 2 * narrow
 
 
-def test_equivalence_is_shown_by_many_equal_images_only():
+def test_a_difference_over_few_seeds_has_student_s_interval_when_that_is_wider():
+    # Per seed +1.2, -1.0 and 0.0 points: the images are many, the seeds disagree.
+    base = np.arange(10_000) < 8_000
+    first = np.stack([np.arange(10_000) < 8_000 + shift for shift in (120, -100, 0)])
+    second = np.repeat(base[None], 3, axis=0)
+    low, high = difference_interval(first, second, seed=0)
+    assert (low, high) == pytest.approx(seeds_interval(np.array([0.012, -0.010, 0.0])))
+    inner = difference_interval(first, second, seed=0, confidence=0.90)
+    assert low < inner[0] < -0.005 and high > inner[1] > 0.005  # no equivalence within half a point
+
+
+def test_one_seed_and_many_equal_images_show_equivalence_and_few_do_not():
     answers = np.arange(10_000)[None] % 5 > 0
     other = answers.copy()
     other[0, :20] = ~other[0, :20]
-    assert equivalence_p(answers, other, 0.005) < 0.01
-    assert equivalence_p(answers[:, :100], other[:, :100], 0.005) > 0.05
-    assert equivalence_p(answers, answers, 0.005) == 0.0
-    with pytest.raises(ValueError, match="above 0"):
-        equivalence_p(answers, other, 0)
+    assert np.abs(difference_interval(answers, other, seed=0, confidence=0.90)).max() < 0.005
+    assert np.abs(difference_interval(answers[:, :100], other[:, :100], seed=0, confidence=0.90)).max() > 0.005

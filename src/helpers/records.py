@@ -192,14 +192,15 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
             pages |= record.get("pages", {})
         except (ValueError, KeyError) as error:
             raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
-        if path.with_suffix(".npz").exists():
-            with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:
-                aside.write_bytes(path.with_suffix(".npz").read_bytes())
     if keep and (results / "runs.json").exists():
         _no_other_experiment(read_runs(results), runs)
         for table, frame in read_results(results).items():
             tables[table] += frame[~frame.run_id.isin(runs)].to_dict("records")
         runs = read_runs(results) | runs
+    for path in paths:
+        if path.with_suffix(".npz").exists():
+            with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:
+                aside.write_bytes(path.with_suffix(".npz").read_bytes())
     for name, text in pages.items():
         with whole_file(results / name) as aside:
             aside.write_text(text + "\n")
