@@ -98,7 +98,7 @@ def test_a_failed_run_leaves_the_earlier_record(smoke, tmp_path):
     (run_dir / "weights" / "resnet18-tuned-s0-fp32.safetensors").write_bytes(b"damaged")
     record = run_dir / "records" / "02_ptq-resnet18-tuned-s0.json"
     before = record.read_bytes()
-    done = papermill("02_ptq", tmp_path / "out.ipynb", "-p", "run_dir", run_dir)
+    done = papermill("02_ptq", tmp_path / "out.ipynb", "-p", "run_dir", run_dir, "-p", "limit", "256")
     assert done.returncode != 0 and "not a whole safetensors file" in done.stderr
     assert record.read_bytes() == before
 
