@@ -107,7 +107,7 @@ def save_record(
     rows: Mapping[str, list[dict[str, Any]]],
     predictions: Mapping[str, np.ndarray] | None = None,
     pages: Mapping[str, str] | None = None,
-) -> Path:
+) -> None:
     """Write what one run found: `run_dir`/records/`run_id`.json and, with `predictions`, the .npz beside it.
 
     data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
@@ -134,7 +134,6 @@ def save_record(
             np.savez_compressed(aside, **predictions)
     with whole_file(path) as aside:
         aside.write_text(json.dumps(record, indent=1, sort_keys=True))
-    return path
 
 
 def accuracy_row(
