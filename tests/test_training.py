@@ -11,6 +11,7 @@ import torch
 from helpers.data import load_data
 from helpers.files import StudyError
 from helpers.models import build_model
+from helpers.quantization import freeze_batch_norm, freeze_observers, fuse_for_qat, prepare_qat
 from helpers.training import RECIPES, Recipe, evaluate, fit, resolve_precision
 
 SCRIPT = """
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from helpers.data import load_data
 from helpers.models import build_model, save_weights
+from helpers.quantization import freeze_batch_norm, freeze_observers, fuse_for_qat, prepare_qat
 from helpers.training import RECIPES, fit
 
 torch.set_num_threads(1)
@@ -56,6 +58,36 @@ def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path):
     (tmp_path / "c.pt").write_bytes(b"damaged")
     with pytest.raises(StudyError, match="damaged"):
         fit(build_model("resnet18"), dataset, recipe, 1, 1, tmp_path / "c.pt")
+
+
+def test_every_step_is_announced_with_the_part_that_is_done(tmp_path):
+    done = []
+    recipe = Recipe(learning_rate=0.01, batch_size=32)
+    fit(
+        build_model("resnet18"),
+        load_data("digits", limit=64),
+        recipe,
+        2,
+        0,
+        tmp_path / "c.pt",
+        before_step=lambda _, at: done.append(at),
+    )
+    assert done == [0, 0.25, 0.5, 0.75]
+
+
+def test_qat_ends_with_ranges_and_statistics_at_rest(tmp_path):
+    qat = prepare_qat(fuse_for_qat(build_model("resnet18")))
+
+    def rest(model, done):
+        if done >= 0.5:
+            freeze_observers(model)
+            freeze_batch_norm(model)
+
+    dataset, recipe = load_data("digits", limit=128), Recipe(learning_rate=0.01)
+    fit(qat, dataset, recipe, 1, 0, tmp_path / "c.pt", precision="fp32", before_step=rest)
+    before = {name: value.clone() for name, value in qat.state_dict().items()}
+    qat.train()(dataset.normalise(dataset.train.images[:64]))
+    assert all(torch.equal(before[name], value) for name, value in qat.state_dict().items())
 
 
 def test_divergence_is_said_not_trained_through(tmp_path):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import cpuinfo
@@ -97,14 +98,15 @@ def fit(
     checkpoint: Path,
     label: str = "",
     precision: str = "auto",
-    before_epoch: Callable[[nn.Module, int], None] | None = None,
+    before_step: Callable[[nn.Module, float], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place on `dataset.train` and return one row an epoch; the same call resumes after an interruption.
 
     epochs: passes over the training images, >= 0. seed: decides the order and the augmentation of every epoch, so an
     interrupted run ends like an uninterrupted one on the same machine. checkpoint: written after each epoch; it is taken
     up again only if recipe, epochs, seed, data, precision and initial weights are the same. The caller deletes it once
-    the result is safe. before_epoch(model, epoch): called before every epoch, counted from 0, also after a resume.
+    the result is safe. before_step(model, done): called before every step, `done` the finished part of the training in
+    [0, 1); a change that it makes at some point must hold from there on, because a resumed training starts at an epoch.
     Rows have epoch (from 1), lr (at the end of the epoch), train_loss, val_accuracy in [0, 1], seconds (of training,
     validation left out) and images_per_second. Raises StudyError when the loss is no longer finite.
     """
@@ -128,11 +130,11 @@ def fit(
     history = _resume(checkpoint, key, parts)
 
     for epoch in range(len(history), epochs):
-        if before_epoch is not None:
-            before_epoch(model, epoch)
         started = time.perf_counter()
         loss = _train_epoch(
-            model, dataset, images, labels, steps, optimizer, scheduler, seed, epoch, precision, recipe, label
+            *(model, dataset, images, labels, steps, optimizer, scheduler, seed, epoch, precision, recipe, label),
+            partial(before_step, model) if before_step else None,
+            epochs,
         )
         seconds = time.perf_counter() - started
         validation = evaluate(module_predictor(model), dataset, dataset.validation)
@@ -159,7 +161,20 @@ def fit(
 
 
 def _train_epoch(
-    model, dataset, images, labels, steps, optimizer, scheduler, seed, epoch, precision, recipe, label
+    model,
+    dataset,
+    images,
+    labels,
+    steps,
+    optimizer,
+    scheduler,
+    seed,
+    epoch,
+    precision,
+    recipe,
+    label,
+    before_step,
+    epochs,
 ) -> float:
     """One pass; the last incomplete batch is left out. Returns the mean loss."""
     model.train()
@@ -169,6 +184,8 @@ def _train_epoch(
     autocast = torch.autocast(images.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
     total = torch.zeros((), device=images.device)
     for step in progress(range(steps), f"{label} epoch {epoch + 1}"):
+        if before_step is not None:
+            before_step((epoch + step / steps) / epochs)
         chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
         batch = dataset.normalise(augment(images[chosen], generator, dataset.flip))
         with autocast:
