@@ -192,10 +192,11 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
         except (ValueError, KeyError) as error:
             raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
     if keep and (results / "runs.json").exists():
-        _no_other_experiment(read_runs(results), runs)
+        before = read_runs(results)
+        _no_other_experiment(before, runs)
         for table, frame in read_results(results).items():
             tables[table] += frame[~frame.run_id.isin(runs)].to_dict("records")
-        runs = read_runs(results) | runs
+        runs = before | runs
     for path in paths:
         if path.with_suffix(".npz").exists():
             with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:

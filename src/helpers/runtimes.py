@@ -222,21 +222,8 @@ def openvino_benchmark_app(path: Path, threads: int, batch: int, seconds: int = 
     Raises StudyError when the tool fails.
     """
     command = [
-        *(
-            sys.executable,
-            "-c",
-            "from openvino.tools.benchmark.main import main; main()",
-            "-m",
-            str(path),
-            "-d",
-            "CPU",
-            "-api",
-            "sync",
-            "-hint",
-            "none",
-            "-nstreams",
-            "1",
-        ),
+        *(sys.executable, "-c", "from openvino.tools.benchmark.main import main; main()"),
+        *("-m", str(path), "-d", "CPU", "-api", "sync", "-hint", "none", "-nstreams", "1"),
         *("-infer_precision", "f32", "-nthreads", str(threads), "-shape", f"[{batch},3,32,32]", "-t", str(seconds)),
     ]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -75,13 +75,13 @@ def difference_interval(
 
     first_correct, second_correct: bool [seeds, n], paired. With one seed the paired bootstrap over the images; with more,
     what covers both that and Student's interval of the differences by seed, because a bootstrap of three seeds is too
-    narrow. Two arms that never differ get the rule of three (Hanley and Lippman-Hand, JAMA 249, 1983). Within +-margin at confidence 0.90 it is an equivalence test at 5 % (two one-sided tests; Schuirmann, J.
-    Pharmacokin. Biopharm. 15, 1987). Returns (low, high), fractions in [-1, 1].
+    narrow. Two arms that never differ get the rule of three (Hanley and Lippman-Hand, JAMA 249, 1983). Within +-margin at
+    confidence 0.90 it is an equivalence test at 5 % (two one-sided tests; Schuirmann, J. Pharmacokin. Biopharm. 15,
+    1987). Returns (low, high), fractions in [-1, 1].
     """
     low, high = paired_bootstrap(first_correct, second_correct, seed, confidence=confidence)
-    if np.array_equal(
-        first_correct, second_correct
-    ):  # resampling no differences gives none; n images bound them by 3 / n
+    if np.array_equal(first_correct, second_correct):
+        # Resampling no differences gives none, but n images only bound them.
         low, high = -3 / first_correct.shape[1], 3 / first_correct.shape[1]
     by_seed = first_correct.mean(1) - second_correct.mean(1)
     if len(by_seed) > 1:
