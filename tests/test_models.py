@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from helpers.files import StudyError
 from helpers.models import (
@@ -12,6 +13,7 @@ from helpers.models import (
     load_weights,
     module_predictor,
     save_weights,
+    trim_dead_taps,
 )
 from helpers.quantization import fuse
 
@@ -68,3 +70,34 @@ def test_the_second_relu_is_the_only_difference_of_the_reference_study_s_resnet5
         assert torch.allclose(fuse(dropped)(images), dropped(images), rtol=1e-3, atol=1e-3)
     with pytest.raises(StudyError, match="only resnet50"):
         build_model("resnet18", second_relu=False)
+
+
+def test_dead_taps_are_cut_without_changing_any_output():
+    """Random strides, paddings, dilations and sizes: the smaller convolution answers like the whole one, to the last place."""
+    generator, cut = np.random.default_rng(0), 0
+    for _ in range(300):
+        kernel, stride, padding, dilation = (
+            int(generator.integers(*span)) for span in ((1, 6), (1, 4), (0, 5), (1, 4))
+        )
+        size = max(int(generator.integers(1, 10)), dilation * (kernel - 1) + 1 - 2 * padding)
+        conv = nn.Conv2d(3, 2, kernel, stride, padding, dilation).double()
+        trimmed = trim_dead_taps(nn.Sequential(conv).float(), size).double()[0]
+        images = torch.randn(2, 3, size, size, dtype=torch.float64)
+        assert torch.allclose(conv.double()(images), trimmed(images), atol=1e-12)
+        cut += trimmed.weight.numel() < conv.weight.numel()
+    assert cut > 20
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_trimmed_resnet_is_far_smaller_and_answers_alike(arch):
+    model = build_model(arch, seed=1).eval()
+    trimmed = trim_dead_taps(model, 32)
+    images = torch.randn(8, 3, 32, 32)
+    with torch.inference_mode():
+        expected, got = model(images), trimmed(images)
+    assert (expected - got).abs().max() < 1e-4 * expected.abs().max()
+    least = {"resnet18": 0.62, "resnet34": 0.52, "resnet50": 0.23}[arch]
+    assert 1 - count_parameters(trimmed) / count_parameters(model) > least
+    assert count_parameters(trim_dead_taps(model, 224)) == count_parameters(model)
+    with pytest.raises(StudyError, match="at least 1"):
+        trim_dead_taps(model, 0)

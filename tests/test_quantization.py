@@ -1,10 +1,12 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from helpers.files import StudyError
-from helpers.models import build_model, save_weights
+from helpers.models import build_model, save_weights, trim_dead_taps
 from helpers.quantization import (
     ENGINES,
     QCONFIGS,
@@ -52,6 +54,18 @@ def test_int8_model_is_near_the_float_model_and_a_quarter_of_its_size(model):
     sqnr = layer_sqnr(fused, quantized, IMAGES)
     assert list(sqnr)[0] == "conv1" and list(sqnr)[-1] == "fc" and min(sqnr.values()) > 10
     assert 3.9 < weight_bytes(model) / weight_bytes(quantized) < 4.1
+
+
+def test_int8_models_trimmed_after_conversion_answer_to_the_last_bit(model):
+    prepared = prepare(fuse(model), QCONFIGS["histogram_per_channel"])
+    calibrate(prepared, IMAGES)
+    qat = prepare_qat(fuse_for_qat(model))
+    qat(IMAGES)
+    for int8 in (convert(prepared, ENGINES[0]), convert(qat, ENGINES[0])):
+        assert torch.equal(int8(IMAGES), trim_dead_taps(int8, 32)(IMAGES))
+    before = copy.deepcopy(prepared.state_dict())
+    trim_dead_taps(prepared, 32)
+    assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
 
 
 def test_the_simulation_answers_like_the_int8_model_and_in_part_like_the_float_model(model):

@@ -84,6 +84,75 @@ def as_quantizable(model: ResNet) -> nn.Module:
     return twin.eval()
 
 
+def trim_dead_taps(model: nn.Module, input_size: int) -> nn.Module:
+    """Cut from every convolution, in a copy, the outer kernel taps that can only ever multiply zero padding.
+
+    Decided from shapes alone, so the outputs are the same for any weights (floats up to the order of additions): on a map
+    of 1x1 a padded 3x3 kernel sees its centre only. model: float, prepared, fused or INT8; input_size: height and width of
+    the images in pixels, and the trimmed model is exact for this size only. A row of taps goes only if a smaller kernel
+    with symmetric padding gives the same output size, which dilation and stride can prevent. Raises StudyError if
+    input_size < 1.
+    """
+    if input_size < 1:
+        raise StudyError(f"input_size is {input_size}; give the height and width of the images in pixels, at least 1.")
+    trimmed = copy.deepcopy(model)
+    for name, shape in _input_shapes(model, input_size).items():
+        conv = trimmed.get_submodule(name)
+        spatial = zip(shape, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+        (top, bottom), (left, right) = (live_taps(*dimension) for dimension in spatial)
+        conv.padding = (conv.padding[0] - top * conv.dilation[0], conv.padding[1] - left * conv.dilation[1])
+        conv.kernel_size = (bottom + 1 - top, right + 1 - left)
+        conv._reversed_padding_repeated_twice = [conv.padding[1]] * 2 + [conv.padding[0]] * 2
+        window = (..., slice(top, bottom + 1), slice(left, right + 1))
+        if isinstance(conv, nn.Conv2d):
+            conv.weight = nn.Parameter(conv.weight.detach()[window].clone(), conv.weight.requires_grad)
+        else:
+            weight, bias = conv._weight_bias()
+            conv.set_weight_bias(weight[window].contiguous(), bias)
+    return trimmed
+
+
+def live_taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int]:
+    """First and last tap to keep of a convolution along one dimension of `size` pixels, counted from 0.
+
+    The smallest run that holds every tap which ever touches a pixel, and that symmetric padding can serve.
+    """
+
+    def outputs(taps: int, pad: int) -> int:
+        return (size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
+
+    count = outputs(kernel, padding)
+    starts = [stride * place - padding for place in range(count)]
+    touched = [tap for tap in range(kernel) if any(0 <= start + dilation * tap < size for start in starts)]
+    runs = [
+        (first, last)
+        for first in range(min(touched, default=0) + 1)
+        for last in range(max(touched, default=0), kernel)
+        if padding >= first * dilation and outputs(last + 1 - first, padding - first * dilation) == count
+    ]
+    return min(runs, key=lambda run: run[1] - run[0])
+
+
+def _input_shapes(model: nn.Module, input_size: int) -> dict[str, tuple[int, int]]:
+    """Height and width of what each zero-padded 2d convolution, float or INT8, is given; by name."""
+    model = copy.deepcopy(model).eval()  # observers must not see the empty image
+    shapes: dict[str, tuple[int, int]] = {}
+
+    def look(name: str):
+        def hook(_conv: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            shapes[name] = (inputs[0].shape[-2], inputs[0].shape[-1])
+
+        return hook
+
+    for name, module in model.named_modules():
+        convolution = isinstance(module, nn.Conv2d) or hasattr(module, "set_weight_bias")
+        if convolution and getattr(module, "padding_mode", "") == "zeros" and not isinstance(module.padding, str):
+            module.register_forward_pre_hook(look(name))
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, input_size, input_size))
+    return shapes
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters())
