@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from helpers.files import StudyError, whole_file
 
 ARCHS = ("resnet18", "resnet34", "resnet50")
+IMAGE_SIZE = 32  # height and width in pixels, of all images of the study
 
 Predictor = Callable[[np.ndarray], np.ndarray]
 

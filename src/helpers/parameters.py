@@ -46,6 +46,7 @@ PARAMETERS: dict[str, Any] = {
     "batches": Annotated[list[Positive], Field(min_length=1)],
     "app_seconds": Positive,
     "probed_images": Positive,
+    "control_images": Positive,
     "archs": Annotated[list[Arch], Field(min_length=1)],
 }
 NOTEBOOKS = (
@@ -59,6 +60,8 @@ NOTEBOOKS = (
     "08_qat_or_longer",
     "09_ptq_collapse",
     "10_jpeg_copy",
+    "11_dead_taps",
+    "12_runtimes",
 )
 # These read the records of all others, and train or time nothing.
 READERS = ("07_analysis", "08_qat_or_longer")

@@ -1,7 +1,7 @@
 """Eager-mode INT8 quantization of the study's models, in PyTorch's own terms.
 
 The only importer of `torch.ao.quantization`: when PyTorch drops it, this file changes and no other.
-Called by notebooks and `runtimes`; calls `models`.
+Called by notebooks and `runtimes`; calls `models` and `pt2e`.
 """
 
 import copy
@@ -14,8 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from helpers import pt2e
 from helpers.files import StudyError
-from helpers.models import BottleneckWithoutSecondReLU, build_model, load_state, load_weights
+from helpers.models import (
+    IMAGE_SIZE,
+    BottleneckWithoutSecondReLU,
+    build_model,
+    load_state,
+    load_weights,
+    trim_dead_taps,
+)
 
 # Announced years ahead and still in torch 2.14; the study measures this path because the reference study took it.
 warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
@@ -161,10 +169,19 @@ def load_arm(path: Path, engine: str = "fbgemm", arch: str | None = None) -> nn.
     """Load the model that a weights file of any arm stands for, ready to run: float, or INT8 with kernels of `engine`.
 
     INT8 arms are stored as they are before `convert` (weights and observers), because their file must hold no pickle;
-    `convert` gives the same INT8 model every time. Raises StudyError for a file that cannot be used, see `load_weights`.
+    `convert` gives the same INT8 model every time. What is trimmed (see `models.trim_dead_taps`) says whether it was
+    before or after the quantization. Raises StudyError for a file that cannot be used, see `load_weights`.
     """
     state, metadata = load_weights(path, arch)
     model = build_model(metadata["arch"])
+    if metadata.get("trimmed") == "before":
+        model = trim_dead_taps(model, IMAGE_SIZE)
+    if metadata.get("trimmed") == "after":
+        return trim_dead_taps(_load(model, state, metadata, path, engine), IMAGE_SIZE)
+    return _load(model, state, metadata, path, engine)
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, str], path: Path, engine: str) -> nn.Module:
     form = metadata.get("form")
     if form == "float":
         load_state(model, state, path)
@@ -175,6 +192,10 @@ def load_arm(path: Path, engine: str = "fbgemm", arch: str | None = None) -> nn.
         prepared = prepare_qat(fuse_for_qat(model))
     elif form == "prepared_observer_only":
         prepared = prepare_qat(fuse(model), qconfig_named(metadata["qconfig"]))
+    elif form in pt2e.FORMS:
+        graph = pt2e.rebuild(model.eval(), form)
+        load_state(graph, state, path)
+        return pt2e.convert_pt2e(graph)
     else:
         raise StudyError(f"{path} has the form {form!r}; delete it and make it again.")
     load_state(prepared, state, path)

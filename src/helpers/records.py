@@ -19,8 +19,7 @@ import psutil
 
 from helpers.files import StudyError, whole_file
 
-ARMS = ("fp32", "fp32_longer", "ptq", "ptq_longer", "qat", "qat_observer_only", "ptq_nncf")
-
+# reason: why an arm cannot be had in a runtime; such a row has no numbers, and no row in another table.
 # engine: whose INT8 kernels eager and TorchScript used (fbgemm or x86); empty where there is no such choice.
 COLUMNS: dict[str, list[str]] = {
     "accuracy": "arch recipe arm runtime engine seed data split n correct accuracy ci_low ci_high run_id".split(),
@@ -28,10 +27,22 @@ COLUMNS: dict[str, list[str]] = {
         "arch recipe arm runtime engine threads batch rounds median_ms p90_ms p95_ms cv speedup machine run_id".split()
     ),
     "size": "arch arm runtime parameters weight_bytes artifact_bytes run_id".split(),
+    "exports": "arch recipe arm runtime seed export_seconds first_call_ms agreement n reason run_id".split(),
     "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
     "diagnosis": "arch recipe second_relu seed epochs data split check setting n value run_id".split(),
 }
-VERSIONS_OF = ("torch", "torchvision", "openvino", "nncf", "onnx", "onnxruntime", "numpy", "pandas", "papermill")
+VERSIONS_OF = (
+    "torch",
+    "torchvision",
+    "openvino",
+    "nncf",
+    "onnx",
+    "onnxruntime",
+    "torchao",
+    "numpy",
+    "pandas",
+    "papermill",
+)
 ISA_FLAGS = (
     "avx2",
     "avx512f",
@@ -162,6 +173,30 @@ def size_row(
         **{"arch": arch, "arm": arm, "runtime": runtime, "parameters": parameters},
         **{"weight_bytes": weight_bytes, "artifact_bytes": artifact_bytes},
     }
+
+
+def export_row(
+    of: Mapping[str, Any],
+    arm: str,
+    runtime: str,
+    export_seconds: float | None = None,
+    first_call_ms: float | None = None,
+    agreement: float | None = None,
+    n: int | None = None,
+    reason: str = "",
+) -> dict[str, Any]:
+    """One row of exports.csv. of: holds arch, recipe and seed; agreement: with the source model, in [0, 1], on n images."""
+    return {
+        **{key: of[key] for key in ("arch", "recipe", "seed")},
+        **{"arm": arm, "runtime": runtime, "export_seconds": export_seconds, "first_call_ms": first_call_ms},
+        **{"agreement": agreement, "n": n, "reason": reason},
+    }
+
+
+def record_rows(run_dir: str, run_id: str, table: str) -> list[dict[str, Any]]:
+    """The rows of one table of one record; none if the run has not been made."""
+    path = Path(run_dir) / "records" / f"{run_id}.json"
+    return json.loads(path.read_text())["tables"].get(table, []) if path.exists() else []
 
 
 def prediction_key(arm: str, runtime: str, engine: str = "") -> str:

@@ -1,14 +1,21 @@
-"""Everything that executes a model: eager PyTorch, TorchScript, ONNX Runtime and OpenVINO.
+"""Everything that executes a model: PyTorch (eager, TorchScript, Inductor), ONNX Runtime and OpenVINO.
 
 Called by notebooks; calls `quantization` and `models`. Every runtime is reached through `load_predictor`, so what is timed
 is what was scored.
 """
 
+import copy
+import io
 import logging
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +24,7 @@ from torch import Tensor, nn
 
 from helpers.files import StudyError, whole_file
 from helpers.models import Predictor, module_predictor
+from helpers.pt2e import ANY_BATCH, export_graph
 from helpers.quantization import load_arm, set_engine
 
 # No telemetry: OpenVINO and NNCF fall back to their silent stubs when this package cannot be imported.
@@ -25,6 +33,7 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # NNCF l
 import nncf  # noqa: E402
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
+import onnxruntime.quantization  # noqa: E402
 import openvino  # noqa: E402
 
 # TorchScript and the TorchScript-based ONNX exporter are deprecated; both are measured because the reference study used
@@ -36,9 +45,21 @@ nncf.set_log_level("ERROR")
 # NNCF draws its progress bars with a widget library that the study does not need.
 warnings.filterwarnings("ignore", message='install "ipywidgets" for Jupyter support')
 
-RUNTIMES = ("eager", "torchscript", "onnxruntime", "openvino")
-SUFFIXES = {"eager": ".safetensors", "torchscript": ".pt", "onnxruntime": ".onnx", "openvino": ".xml"}
+# What each runtime loads. Inductor compiles in the process that runs the model, so it starts from the weights.
+SUFFIXES = {
+    "eager": ".safetensors",
+    "torchscript": ".pt",
+    "inductor": ".safetensors",
+    "aotinductor": ".pt2",
+    "onnxruntime": ".onnx",
+    "openvino": ".xml",
+    "openvino_bf16": ".xml",
+}
+RUNTIMES = tuple(SUFFIXES)
 OPSET = 17
+GRAPH_OPSET = 18  # the least that the newer exporter writes
+# Freezing turns weights into constants, so that they are packed for the kernels once; thread counts may change after compiling.
+INDUCTOR = {"freezing": True, "cpp.dynamic_threads": True}
 
 
 def export_torchscript(model: nn.Module, path: Path) -> None:
@@ -64,10 +85,74 @@ def export_onnx(model: nn.Module, path: Path, size: int = 32) -> None:
             output_names=["logits"],
             dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
         )
-        try:
-            onnx.checker.check_model(str(aside), full_check=True)
-        except onnx.checker.ValidationError as error:
-            raise StudyError(f"{path.name} does not pass the ONNX checker ({error}).") from error
+        _check_onnx(aside, path)
+
+
+def _check_onnx(aside: Path, path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(aside), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise StudyError(f"{path.name} does not pass the ONNX checker ({error}).") from error
+
+
+def export_onnx_graph(graph: nn.Module, path: Path, size: int = 32) -> None:
+    """Write an exported graph (see `pt2e`) as ONNX with a free batch size by the newer, dynamo-based exporter, and check it.
+
+    Raises StudyError when the file does not pass ONNX's own checker.
+    """
+    with whole_file(path) as aside, torch.no_grad(), redirect_stdout(io.StringIO()):
+        torch.onnx.export(
+            *(graph, (torch.zeros(2, 3, size, size),), aside),
+            **{"dynamo": True, "opset_version": GRAPH_OPSET, "dynamic_shapes": ANY_BATCH, "external_data": False},
+            **{"input_names": ["images"], "output_names": ["logits"], "verbose": False},
+        )
+        _check_onnx(aside, path)
+
+
+def quantize_onnxruntime(float_path: Path, images: Tensor, path: Path) -> None:
+    """Quantize a float ONNX file by ONNX Runtime's static quantization: QDQ, weights per channel, its own defaults else.
+
+    images: float32 [N, 3, H, W], normalised, for its min-max calibration.
+    """
+
+    class Reader(onnxruntime.quantization.CalibrationDataReader):
+        batches = iter(images.split(64))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    with whole_file(path) as aside, tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.onnx"
+        onnxruntime.quantization.quant_pre_process(float_path, prepared)
+        onnxruntime.quantization.quantize_static(
+            *(prepared, aside, Reader()),
+            **{"quant_format": onnxruntime.quantization.QuantFormat.QDQ, "per_channel": True},
+        )
+
+
+def export_aotinductor(model: nn.Module, path: Path, size: int = 32) -> None:
+    """Compile a float model or a converted graph ahead of time, for one image a call, into a package that needs no Python.
+
+    Compiling for one shape lets Inductor pack the weights: with a free batch size (torch 2.14) they are reordered in every
+    call, which makes ResNet18 five times slower. Raises StudyError when there is no C++ compiler.
+    """
+    with whole_file(path) as aside, torch.no_grad():
+        program = torch.export.export(model, (torch.zeros(1, 3, size, size),))
+        aside.unlink()
+        with _compiler_needed():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(aside), inductor_configs=INDUCTOR)
+
+
+@contextmanager
+def _compiler_needed() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # dynamo wraps what Inductor raises
+        chain = [error, error.__cause__, getattr(error, "inner_exception", None)]
+        if any(type(link).__name__ == "InvalidCxxCompiler" for link in chain):
+            raise StudyError("Inductor found no C++ compiler; install g++ (Debian: apt-get install g++).") from error
+        raise
 
 
 def save_openvino(model: "openvino.Model", path: Path) -> None:
@@ -89,6 +174,53 @@ def quantize_openvino(float_path: Path, images: Tensor, path: Path) -> None:
     save_openvino(nncf.quantize(model, calibration, subset_size=len(images)), path)
 
 
+def quantize_openvino_controlled(
+    float_path: Path, images: Tensor, held_out: tuple[Tensor, Tensor], path: Path, max_drop: float = 0.005
+) -> None:
+    """The same with accuracy control: layers go back to float until at most `max_drop` of accuracy (in [0, 1]) is lost.
+
+    held_out: validation images, float32 [N, 3, H, W], normalised, and labels [N], that decide; all are scored for each
+    layer that is tried.
+    """
+    pictures, labels = held_out[0].numpy(), held_out[1].numpy()
+
+    def score(compiled: "openvino.CompiledModel", chosen: Iterable[int]) -> tuple[float, list[float]]:
+        right = [float(compiled(pictures[i : i + 1])[0].argmax() == labels[i]) for i in chosen]
+        return sum(right) / len(right), right
+
+    model = openvino.Core().read_model(float_path)
+    quantized = nncf.quantize_with_accuracy_control(
+        model,
+        calibration_dataset=nncf.Dataset([image.unsqueeze(0).numpy() for image in images]),
+        validation_dataset=nncf.Dataset(list(range(len(labels)))),
+        validation_fn=score,
+        max_drop=max_drop,
+        subset_size=len(images),
+    )
+    save_openvino(quantized, path)
+
+
+def prepare_qat_nncf(model: nn.Module, images: Tensor) -> nn.Module:
+    """FakeQuantize by NNCF in a copy of a float PyTorch model, ranges from `images`, float32 [N, 3, H, W]; train it further.
+
+    Compiles a C++ extension the first time. Raises StudyError when there is no C++ compiler.
+    """
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise StudyError("NNCF's QAT found no C++ compiler; install g++ (Debian: apt-get install g++).")
+    os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # a slow machine needs more than its 60 s
+    calibration = nncf.Dataset([image.unsqueeze(0) for image in images])
+    return nncf.quantize(copy.deepcopy(model).eval(), calibration, subset_size=len(images))
+
+
+def export_qat_nncf(model: nn.Module, path: Path, size: int = 32) -> None:
+    """Convert a model that `prepare_qat_nncf` made to an OpenVINO IR at `path` (.xml)."""
+    with warnings.catch_warnings():  # tracing compares two runs of a rounding function and finds ties broken otherwise
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        shape = openvino.PartialShape([-1, 3, size, size])
+        converted = openvino.convert_model(model.eval(), example_input=torch.zeros(1, 3, size, size), input=shape)
+    save_openvino(converted, path)
+
+
 def artifact_bytes(path: Path) -> int:
     """Size of a model on disk: the file, and for an OpenVINO IR its .bin too."""
     weights = path.with_suffix(".bin")
@@ -100,7 +232,8 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
 
     threads: of this runtime, 0 for its own default; PyTorch's count holds for the whole process, so load together what
     shares a count. engine: whose INT8 kernels eager and TorchScript use. OpenVINO computes in float32 where the model is
-    float, also where the CPU has bfloat16. Shapes are fixed inside: the first call with a new N compiles for it.
+    float, also where the CPU has bfloat16, and `openvino_bf16` asks for that. Shapes are fixed inside: the first call with a
+    new N compiles for it. An aotinductor package takes one image at a time.
     Raises StudyError for an unknown runtime, or a file that is missing or that the runtime cannot read.
     """
     path = Path(path)
@@ -116,12 +249,45 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
         if runtime == "torchscript":
             set_engine(engine)
             return module_predictor(torch.jit.load(path))
-        return _onnxruntime(path, threads) if runtime == "onnxruntime" else _openvino(path, threads)
+        if runtime == "inductor":
+            return _inductor(load_arm(path))
+        if runtime == "aotinductor":
+            return _aotinductor(path)
+        return _onnxruntime(path, threads) if runtime == "onnxruntime" else _openvino(path, threads, runtime)
     except StudyError:
         raise
     except Exception as error:  # each runtime has its own exceptions for a file it cannot read
         first_line = str(error).strip().splitlines()[0]
         raise StudyError(f"{runtime} cannot read {path} ({first_line}); delete it and make it again.") from error
+
+
+def _inductor(model: nn.Module) -> Predictor:
+    if any(hasattr(module, "set_weight_bias") for module in model.modules()):
+        raise StudyError("Inductor does not take eager-mode INT8 models; quantize with PT2E for it.")
+    import torch._inductor.config
+
+    # A graph has compiled code of its own; instances of one class would share theirs, and Dynamo gives up after a few.
+    graph = model if isinstance(model, torch.fx.GraphModule) else export_graph(model)
+    torch._inductor.config.load_config(
+        torch._inductor.config.get_config_copy() | INDUCTOR
+    )  # `options` come too late to freeze
+    compiled = module_predictor(torch.compile(graph, dynamic=False))
+
+    def predictor(images: np.ndarray) -> np.ndarray:
+        with _compiler_needed():
+            return compiled(images)
+
+    return predictor
+
+
+def _aotinductor(path: Path) -> Predictor:
+    package = torch._inductor.aoti_load_package(str(path))
+
+    def predictor(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.concatenate([package(torch.from_numpy(images[i : i + 1])).numpy() for i in range(len(images))])
+
+    return predictor
 
 
 def _onnxruntime(path: Path, threads: int) -> Predictor:
@@ -134,15 +300,17 @@ def _onnxruntime(path: Path, threads: int) -> Predictor:
     return lambda images: session.run(None, {"images": images})[0]
 
 
-def _openvino(path: Path, threads: int) -> Predictor:
+def _openvino(path: Path, threads: int, runtime: str) -> Predictor:
     core = openvino.Core()
+    if runtime == "openvino_bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise StudyError("This CPU has no bfloat16 instructions; OpenVINO would compute in float32 instead.")
     model = core.read_model(path)
     requests: dict[int, openvino.InferRequest] = {}
 
     def predictor(images: np.ndarray) -> np.ndarray:
         n = len(images)
         if n not in requests:
-            requests[n] = _compile_openvino(core, model, n, threads).create_infer_request()
+            requests[n] = _compile_openvino(core, model, n, threads, runtime).create_infer_request()
         # Writing into the request's own tensor spares a call the dictionary of inputs: a tenth of ResNet18's INT8 latency.
         np.copyto(requests[n].get_input_tensor().data, images)
         requests[n].infer()
@@ -152,14 +320,28 @@ def _openvino(path: Path, threads: int) -> Predictor:
 
 
 def _compile_openvino(
-    core: "openvino.Core", model: "openvino.Model", batch: int, threads: int
+    core: "openvino.Core", model: "openvino.Model", batch: int, threads: int, runtime: str = "openvino"
 ) -> "openvino.CompiledModel":
     fixed = model.clone()
     fixed.reshape([batch, *list(model.input(0).partial_shape)[1:]])
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if runtime == "openvino_bf16" else "f32",
+    }
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
     return core.compile_model(fixed, "CPU", config)
+
+
+def first_call(path: Path, runtime: str, images: np.ndarray) -> float:
+    """Milliseconds from a model file to its first answer to `images`: loading, compiling, one call; nothing is cached before."""
+    from torch._inductor.utils import fresh_cache
+
+    started = time.perf_counter()
+    predictor = load_predictor(path, runtime)
+    with fresh_cache() if runtime == "inductor" else nullcontext():
+        predictor(images)
+        return 1e3 * (time.perf_counter() - started)
 
 
 def layers_run_as(path: Path, runtime: str) -> list[dict[str, str]]:

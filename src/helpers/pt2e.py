@@ -1,0 +1,84 @@
+"""INT8 quantization of exported graphs by torchao (PT2E): what PyTorch offers in place of eager-mode quantization.
+
+The only importer of torchao. Called by notebooks and `quantization`; calls `files` only.
+Source: https://docs.pytorch.org/ao/stable/pt2e_quantization/index.html
+"""
+
+import copy
+import logging
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from helpers.files import StudyError
+
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers an enum the old way
+# torch.export warns of its own guards, and Inductor of a tensor that torchao made from a tensor: nothing a reader can act on.
+warnings.filterwarnings("ignore", message="Guards may run slower on Python")
+warnings.filterwarnings("ignore", message="To copy construct from a tensor", module="torch._inductor")
+# A graph has its mode built in; the flag that the ONNX exporter looks at says nothing about it.
+warnings.filterwarnings("ignore", message="Exporting a model while it is in training mode")
+import torchao.quantization.pt2e as _pt2e  # noqa: E402
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e as _convert  # noqa: E402
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e as _prepare  # noqa: E402
+from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e as _prepare_qat  # noqa: E402
+from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as _x86  # noqa: E402
+
+FORMS = ("prepared_pt2e", "prepared_qat_pt2e")
+ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=65536)},)
+
+
+def export_graph(model: nn.Module, size: int = 32) -> nn.Module:
+    """The model as a graph of ATen operators, batch size free; `model` must be in the mode (train or eval) to be exported in.
+
+    Input float32 [N, 3, size, size], output as the model's. `train` and `eval` of the result switch its batch norm.
+    """
+    graph = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=ANY_BATCH).module()
+    return _pt2e.allow_exported_model_train_eval(graph)
+
+
+def prepare_pt2e(model: nn.Module) -> nn.Module:
+    """Export a float model and put observers where X86InductorQuantizer wants INT8; calibrate it, then `convert_pt2e`.
+
+    Weights per channel, activations by histogram: the quantizer's own defaults, with the full range of 8 bits.
+    """
+    graph = _prepare(export_graph(model.eval()), _quantizer(is_qat=False))
+    return _pt2e.allow_exported_model_train_eval(graph)
+
+
+def prepare_qat_pt2e(model: nn.Module) -> nn.Module:
+    """The same for QAT: FakeQuantize modules around live batch norm; train it, then `convert_pt2e`."""
+    graph = _prepare_qat(export_graph(copy.deepcopy(model).train()), _quantizer(is_qat=True))
+    return _pt2e.allow_exported_model_train_eval(graph)
+
+
+def convert_pt2e(prepared: nn.Module) -> nn.Module:
+    """Fix the quantization parameters, in a copy: a graph with quantize and dequantize nodes that Inductor lowers to INT8."""
+    prepared = copy.deepcopy(prepared)
+    _pt2e.allow_exported_model_train_eval(prepared).eval()
+    converted = _pt2e.allow_exported_model_train_eval(_convert(prepared))
+    converted.eval()
+    return converted
+
+
+def freeze_observers_pt2e(prepared: nn.Module) -> None:
+    """Keep the quantization parameters as they are from now on."""
+    prepared.apply(_pt2e.disable_observer)
+
+
+def prepared_state(prepared: nn.Module) -> dict[str, Tensor]:
+    """State of a prepared graph for `models.save_weights`; activations that share an observer get a copy each."""
+    return {name: tensor.clone() for name, tensor in prepared.state_dict().items()}
+
+
+def rebuild(model: nn.Module, form: str) -> nn.Module:
+    """A prepared graph without its state, of a float `model` and one of FORMS. Raises StudyError for another form."""
+    if form not in FORMS:
+        raise StudyError(f"form is {form!r}; allowed are {', '.join(FORMS)}.")
+    return prepare_pt2e(model) if form == FORMS[0] else prepare_qat_pt2e(model)
+
+
+def _quantizer(is_qat: bool) -> _x86.X86InductorQuantizer:
+    config = _x86.get_default_x86_inductor_quantization_config(is_qat=is_qat)
+    return _x86.X86InductorQuantizer().set_global(config)
