@@ -41,6 +41,8 @@ PARAMETERS: dict[str, Any] = {
     "qconfig": Literal[*QCONFIGS],
     "engine": Literal["fbgemm", "x86"],  # also where this machine has but one of them
     "calibration_images": Positive,
+    "calibration_sizes": Annotated[list[Positive], Field(min_length=1)],
+    "draws": Positive,
     "rounds": Positive,
     "threads": Annotated[list[Positive], Field(min_length=1)],
     "batches": Annotated[list[Positive], Field(min_length=1)],
@@ -59,6 +61,8 @@ NOTEBOOKS = (
     "08_qat_or_longer",
     "09_ptq_collapse",
     "10_jpeg_copy",
+    "14_calibration",
+    "15_bit_widths",
 )
 # These read the records of all others, and train or time nothing.
 READERS = ("07_analysis", "08_qat_or_longer")
