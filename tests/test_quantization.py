@@ -10,12 +10,15 @@ from helpers.models import build_model, save_weights, trim_dead_taps
 from helpers.quantization import (
     ENGINES,
     QCONFIGS,
+    WIDTHS,
+    WidthHistogramObserver,
     activation_quantizers,
     activation_report,
     agreement,
     calibrate,
     convert,
     count_fake_quantize,
+    freeze_near_the_end,
     fuse,
     fuse_for_qat,
     layer_sqnr,
@@ -23,10 +26,12 @@ from helpers.quantization import (
     prepare,
     prepare_qat,
     qconfig_named,
+    qconfig_of_width,
     quantize_only,
     set_engine,
     simulate,
     weight_bytes,
+    with_weights_of,
 )
 
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -141,3 +146,70 @@ def test_unknown_words_end_in_a_sentence():
 
 def test_agreement_by_hand():
     assert agreement(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 0])) == 0.5
+
+
+@pytest.mark.parametrize("observer", ["histogram", "percentile"])
+def test_weights_can_get_another_rule_after_calibration(observer):
+    fused, wanted = fuse(build_model("resnet18").eval()), QCONFIGS[f"{observer}_per_tensor"]
+    prepared, direct = prepare(fused, QCONFIGS[f"{observer}_per_channel"]), prepare(fused, wanted)
+    calibrate(prepared, IMAGES)
+    calibrate(direct, IMAGES)
+    changed = convert(with_weights_of(prepared, wanted), "fbgemm")(IMAGES)
+    assert torch.equal(changed, convert(direct, "fbgemm")(IMAGES))
+    assert not torch.equal(changed, convert(prepared, "fbgemm")(IMAGES))
+
+
+@pytest.mark.parametrize("qat", [False, True])
+@pytest.mark.parametrize("width", ["w4a8", "w4a4"])
+def test_so_many_bits_leave_so_many_levels(width, qat):
+    weight_bits, activation_bits = WIDTHS[width]
+    model, qconfig = build_model("resnet18").eval(), qconfig_of_width(*WIDTHS[width], qat)
+    simulated = prepare_qat(fuse_for_qat(model), qconfig) if qat else simulate(fuse(model), qconfig, IMAGES)
+    simulated.train(qat)(IMAGES)
+    weights = simulated.fc.weight_fake_quant(simulated.fc.weight) if qat else simulated.fc.weight
+    levels = max(len(row.unique()) for row in weights)
+    assert 2 ** (weight_bits - 1) < levels <= 2**weight_bits  # a channel of 512 weights uses most of its levels
+    seen = {}
+    quantizer = activation_quantizers(simulated)["conv1"]
+    quantizer.register_forward_hook(lambda _module, _inputs, output: seen.update(conv1=output))
+    simulated(IMAGES)
+    assert 2 ** (activation_bits - 1) < len(seen["conv1"].unique()) <= 2**activation_bits
+
+
+def test_qat_at_8_bits_simulates_the_int8_model_that_it_becomes(model):
+    qat = prepare_qat(fuse_for_qat(model), qconfig_of_width(*WIDTHS["w8a8"], qat=True))
+    for _ in range(10):  # until the ranges have settled
+        qat(IMAGES)
+    freeze_near_the_end(qat, 0.95)
+    with torch.inference_mode():
+        simulated, int8 = qat.eval()(IMAGES), convert(qat, "fbgemm")(IMAGES)
+    assert np.corrcoef(simulated.flatten(), int8.flatten())[0, 1] > 0.95
+
+
+def test_ranges_rest_near_the_end_of_qat_and_not_before():
+    qat = prepare_qat(fuse_for_qat(build_model("resnet18")))
+    qat(IMAGES)
+    ranges = [qat.conv1.activation_post_process.scale.clone()]
+    for done in (0.89, 0.90):
+        freeze_near_the_end(qat, done)
+        qat(3 * IMAGES)
+        ranges.append(qat.conv1.activation_post_process.scale.clone())
+    assert ranges[0] != ranges[1] == ranges[2]
+
+
+def test_a_range_for_16_levels_rounds_with_less_error_than_one_for_256():
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for observer in (WidthHistogramObserver, WidthHistogramObserver.__base__):
+        looking = observer(quant_min=0, quant_max=15)
+        looking(x)
+        scale, zero_point = looking.calculate_qparams()
+        rounded = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), 0, 15)
+        errors[observer] = float((x - rounded).square().mean())
+    assert errors[WidthHistogramObserver] < 0.8 * errors[WidthHistogramObserver.__base__]
+
+
+@pytest.mark.parametrize("bits", [(1, 8), (8, 9)])
+def test_a_width_that_is_none_ends_in_a_sentence(bits):
+    with pytest.raises(StudyError, match="bits is .; allowed are 2 to 8"):
+        qconfig_of_width(*bits)

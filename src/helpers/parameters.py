@@ -41,6 +41,8 @@ PARAMETERS: dict[str, Any] = {
     "qconfig": Literal[*QCONFIGS],
     "engine": Literal["fbgemm", "x86"],  # also where this machine has but one of them
     "calibration_images": Positive,
+    "calibration_sizes": Annotated[list[Positive], Field(min_length=1)],
+    "draws": Positive,
     "rounds": Positive,
     "threads": Annotated[list[Positive], Field(min_length=1)],
     "batches": Annotated[list[Positive], Field(min_length=1)],
@@ -62,6 +64,8 @@ NOTEBOOKS = (
     "10_jpeg_copy",
     "11_dead_taps",
     "12_runtimes",
+    "14_calibration",
+    "15_bit_widths",
 )
 # These read the records of all others, and train or time nothing.
 READERS = ("07_analysis", "08_qat_or_longer")

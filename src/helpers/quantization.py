@@ -9,6 +9,7 @@ import io
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,18 +51,19 @@ class PercentileObserver(tq.MinMaxObserver):
         return x
 
 
-# Where the parameters of activations and weights come from. The first is PyTorch's default for x86 CPUs.
+# Where the range of an activation comes from, and how many of them a layer's weights share.
+OBSERVERS = {"histogram": tq.HistogramObserver, "minmax": tq.MinMaxObserver, "percentile": PercentileObserver}
+WEIGHT_OBSERVERS = {
+    "per_channel": tq.default_per_channel_weight_observer,
+    "per_tensor": tq.default_weight_observer,
+}
+# Every combination by its name. The first is PyTorch's default for x86 CPUs.
 QCONFIGS: dict[str, tq.QConfig] = {
-    "histogram_per_channel": tq.get_default_qconfig("fbgemm"),
-    "minmax_per_channel": tq.QConfig(
-        activation=tq.MinMaxObserver.with_args(reduce_range=True), weight=tq.default_per_channel_weight_observer
-    ),
-    "histogram_per_tensor": tq.QConfig(
-        activation=tq.HistogramObserver.with_args(reduce_range=True), weight=tq.default_weight_observer
-    ),
-    "percentile_per_channel": tq.QConfig(
-        activation=PercentileObserver.with_args(reduce_range=True), weight=tq.default_per_channel_weight_observer
-    ),
+    f"{observer}_{weights}": tq.QConfig(
+        activation=OBSERVERS[observer].with_args(reduce_range=True), weight=WEIGHT_OBSERVERS[weights]
+    )
+    for weights in WEIGHT_OBSERVERS
+    for observer in OBSERVERS
 }
 
 
@@ -80,6 +82,52 @@ QAT_QCONFIG = tq.QConfig(
     ),
     weight=tq.get_default_qat_qconfig("fbgemm").weight,
 )
+
+
+class WidthHistogramObserver(tq.HistogramObserver):
+    """PyTorch's HistogramObserver, searching the range with the least error for as many levels as it will really have.
+
+    PyTorch's own counts the levels of the integer type, 256, also where `quant_min` and `quant_max` leave 16.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what PyTorch's HistogramObserver takes."""
+        super().__init__(*args, **kwargs)
+        self.dst_nbins = self.quant_max - self.quant_min + 1
+
+
+# Bits of weights and of activations, from the widest to the narrowest.
+WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
+
+
+def qconfig_of_width(weight_bits: int, activation_bits: int, qat: bool = False) -> tq.QConfig:
+    """The qconfig that rounds weights and activations to so many bits: for `simulate`, or with `qat` for `prepare_qat`.
+
+    Weights are symmetric per channel, activations affine per tensor, like PyTorch's own qconfigs for x86 CPUs, which are
+    what 8 and 8 bits give. Below that nothing converts it: narrower integers exist in simulation only. Raises StudyError
+    for bits outside 2 to 8.
+    """
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if not 2 <= bits <= 8:
+            raise StudyError(f"{name} is {bits}; allowed are 2 to 8.")
+    if (weight_bits, activation_bits) == (8, 8):
+        return QAT_QCONFIG if qat else next(iter(QCONFIGS.values()))
+    # No reduce_range here: it keeps sums of 8-bit times 8-bit products from saturating in 16 bits, which narrower ones
+    # never reach, and it would take a bit away from every activation.
+    weights = {"quant_min": -(2 ** (weight_bits - 1)), "quant_max": 2 ** (weight_bits - 1) - 1}
+    weights |= {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
+    activations = {"quant_min": 0, "quant_max": 2**activation_bits - 1}
+    if qat:
+        return tq.QConfig(
+            activation=AutocastFakeQuantize.with_args(observer=tq.MovingAverageMinMaxObserver, **activations),
+            weight=tq.FusedMovingAvgObsFakeQuantize.with_args(
+                observer=tq.MovingAveragePerChannelMinMaxObserver, **weights
+            ),
+        )
+    return tq.QConfig(
+        activation=WidthHistogramObserver.with_args(**activations),
+        weight=tq.PerChannelMinMaxObserver.with_args(**weights),
+    )
 
 
 def set_engine(engine: str) -> None:
@@ -157,6 +205,29 @@ def freeze_observers(prepared: nn.Module) -> None:
 def freeze_batch_norm(prepared: nn.Module) -> None:
     """Keep the batch-norm statistics as they are from now on."""
     prepared.apply(nn.intrinsic.qat.freeze_bn_stats)
+
+
+def freeze_near_the_end(prepared: nn.Module, done: float) -> None:
+    """The `before_step` of QAT: ranges rest for the last tenth of the training, batch-norm statistics for the last twentieth.
+
+    Not earlier: weights that still move fast, held in frozen statistics, diverge. done: finished part of the training, [0, 1).
+    """
+    if done >= 0.90:
+        freeze_observers(prepared)
+    if done >= 0.95:
+        freeze_batch_norm(prepared)
+
+
+def with_weights_of(prepared: nn.Module, qconfig: tq.QConfig) -> nn.Module:
+    """A copy of a calibrated model of which `convert` will round the weights as `qconfig` says.
+
+    What the observers of the activations saw stays: they look at the float model, so the weights' rule is nothing to them.
+    """
+    other = copy.deepcopy(prepared)
+    for module in other.modules():
+        if getattr(module, "qconfig", None) is not None:
+            module.qconfig = tq.QConfig(activation=module.qconfig.activation, weight=qconfig.weight)
+    return other
 
 
 def convert(prepared: nn.Module, engine: str) -> nn.Module:

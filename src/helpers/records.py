@@ -30,6 +30,10 @@ COLUMNS: dict[str, list[str]] = {
     "exports": "arch recipe arm runtime seed export_seconds first_call_ms agreement n reason run_id".split(),
     "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
     "diagnosis": "arch recipe second_relu seed epochs data split check setting n value run_id".split(),
+    # One row for each draw of calibration images; FP32 has no observer, no images and no seconds.
+    "calibration": (
+        "arch recipe seed observer weights images draw data split n correct accuracy seconds run_id".split()
+    ),
 }
 VERSIONS_OF = (
     "torch",
