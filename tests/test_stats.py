@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from helpers.stats import difference_interval, mcnemar_exact, paired_bootstrap, seeds_interval, wilson_interval
+from helpers.stats import (
+    accuracy_interval,
+    difference_interval,
+    expected_calibration_error,
+    mcnemar_exact,
+    paired_bootstrap,
+    seeds_interval,
+    wilson_interval,
+)
 
 
 def test_wilson_interval_by_hand():
@@ -25,6 +33,13 @@ def test_seeds_interval_by_hand():
     assert seeds_interval(np.array([1.0, 2.0, 3.0])) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
     with pytest.raises(ValueError, match="at least two"):
         seeds_interval(np.array([1.0]))
+
+
+def test_an_accuracy_s_interval_is_wilson_s_for_one_seed_and_student_s_for_more():
+    assert accuracy_interval(np.array([8]), 10) == wilson_interval(8, 10)
+    assert accuracy_interval(np.array([7, 8, 9]), 10) == seeds_interval(np.array([0.7, 0.8, 0.9]))
+    with pytest.raises(ValueError, match="at least two"):
+        accuracy_interval(np.array([]), 10)
 
 
 def test_paired_bootstrap_covers_the_difference_and_knows_pairs():
@@ -65,3 +80,18 @@ def test_one_seed_and_many_equal_images_show_equivalence_and_few_do_not():
     other[0, :20] = ~other[0, :20]
     assert np.abs(difference_interval(answers, other, seed=0, confidence=0.90)).max() < 0.005
     assert np.abs(difference_interval(answers[:, :100], other[:, :100], seed=0, confidence=0.90)).max() > 0.005
+
+
+def test_expected_calibration_error_by_hand():
+    # (0.8, 0.9]: accuracy 1/2, confidence 0.875; (0.5, 0.6]: accuracy 1, confidence 0.55; two and one of three images
+    confidence, correct = np.array([0.85, 0.9, 0.55]), np.array([True, False, True])
+    assert expected_calibration_error(confidence, correct, bins=10) == pytest.approx(0.375 * 2 / 3 + 0.45 / 3)
+    # All in one bin: only the means count, 2/3 and 2.3/3. The default is Guo et al.'s 15 bins.
+    assert expected_calibration_error(confidence, correct, bins=1) == pytest.approx(0.1)
+    assert expected_calibration_error(confidence, correct) == expected_calibration_error(confidence, correct, bins=15)
+    # The ends of the scale have bins too.
+    assert expected_calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0.0
+    with pytest.raises(ValueError, match="within"):
+        expected_calibration_error(np.array([1.2]), np.array([True]))
+    with pytest.raises(ValueError, match="shapes"):
+        expected_calibration_error(confidence, correct[:2])

@@ -66,9 +66,11 @@ NOTEBOOKS = (
     "12_runtimes",
     "14_calibration",
     "15_bit_widths",
+    "16_what_accuracy_hides",
+    "17_decide",
 )
 # These read the records of all others, and train or time nothing.
-READERS = ("07_analysis", "08_qat_or_longer")
+READERS = ("07_analysis", "08_qat_or_longer", "17_decide")
 
 
 def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:

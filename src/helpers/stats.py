@@ -29,6 +29,17 @@ def seeds_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float,
     return float(mean - half), float(mean + half)
 
 
+def accuracy_interval(correct: np.ndarray, n: int) -> tuple[float, float]:
+    """Interval at 95 % for the accuracy of one arm: Wilson's for one training seed, Student's over the seeds for more.
+
+    correct: counts [seeds], right answers of each seed on `n` images. Returns (low, high), fractions; Student's may leave
+    [0, 1]. Raises ValueError if the counts contradict each other or there are none.
+    """
+    if len(correct) == 1:
+        return wilson_interval(int(correct[0]), n)
+    return seeds_interval(np.asarray(correct) / n)
+
+
 def mcnemar_exact(first_correct: np.ndarray, second_correct: np.ndarray) -> float:
     """Two-sided exact p-value that two models err equally often on the same images.
 
@@ -88,3 +99,22 @@ def difference_interval(
         student = seeds_interval(by_seed, confidence)
         low, high = min(low, student[0]), max(high, student[1])
     return low, high
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """How far a model's confidence is from its accuracy, on average over images: a fraction in [0, 1], 0 is calibrated.
+
+    confidence: float [n] in [0, 1], the probability of the predicted class. correct: bool [n]. The images are sorted into
+    `bins` bins (low, high] of equal width; the error is the mean of |accuracy - mean confidence| of the bins, weighted by
+    their images. Few images make it too high. Raises ValueError for shapes that differ, no images, bins < 1 or a
+    confidence outside [0, 1]. Source: Naeini et al., AAAI (2015); Guo et al., ICML (2017).
+    """
+    if confidence.shape != correct.shape or confidence.ndim != 1 or not len(confidence):
+        raise ValueError(f"shapes {confidence.shape} and {correct.shape}: both must be [n], with an image at least")
+    if bins < 1 or not (0 <= confidence.min() and confidence.max() <= 1):
+        raise ValueError(
+            f"bins is {bins}, confidence is from {confidence.min()} to {confidence.max()}, not within [0, 1]"
+        )
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(index, weights=correct - confidence.astype(np.float64), minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
