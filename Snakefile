@@ -1,4 +1,4 @@
-# The study as a DAG: data -> train -> ptq, qat -> jit, onnx_openvino -> benchmark -> analysis -> book.
+# The study as a DAG: data -> train -> ptq, qat -> exports -> benchmark -> analysis -> book. The rules are named after their notebooks.
 # Every rule is one papermill command that also works when typed by hand. A record is a rule's output: it is written
 # last and whole. Executed notebooks are logs, so that a failed one is kept with its traceback.
 import json
@@ -54,109 +54,50 @@ rule all:
         f"{RUN}/book/_build/html/index.html",
 
 
-rule train:
-    input:
-        notebook="notebooks/01_train.ipynb",
-    output:
-        update(RECORD.format(notebook="01_train")),
-    log:
-        EXECUTED.format(notebook="01_train"),
-    params:
-        parameters("01_train"),
-    threads: threads_each
-    resources:
-        mem_mb=4000,
-        gpu=config.get("gpu", 0),
-    shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}"
+# What each notebook of a model needs. The first three run for every model, the next two for those that are exported, the
+# rest for one model of each arch or for the first model only: their question does not depend on seeds.
+NEEDS = {
+    "01_train": [],
+    "02_ptq": ["01_train"],
+    "03_qat": ["01_train"],
+    "04_jit": ["02_ptq", "03_qat"],
+    "05_onnx_openvino": ["02_ptq", "03_qat"],
+    "10_jpeg_copy": ["02_ptq"],
+    "11_dead_taps": ["02_ptq", "03_qat"],
+    "12_runtimes": ["05_onnx_openvino"],
+    "14_calibration": ["01_train"],
+    "15_bit_widths": ["03_qat"],
+    "16_what_accuracy_hides": ["04_jit", "05_onnx_openvino"],
+}
+TRAINED, SERVED, TIMED = PROFILE.trained(), PROFILE.served(), PROFILE.timed()
+MODELS = {
+    **dict.fromkeys(("01_train", "02_ptq", "03_qat"), TRAINED),
+    **dict.fromkeys(("04_jit", "05_onnx_openvino"), SERVED),
+    **dict.fromkeys(("11_dead_taps", "12_runtimes"), TIMED),
+    **dict.fromkeys(("10_jpeg_copy", "14_calibration", "15_bit_widths", "16_what_accuracy_hides"), [FIRST]),
+}
+TRAINS = ("01_train", "03_qat", "12_runtimes", "15_bit_widths")
 
+for notebook, needed in NEEDS.items():
 
-rule ptq:
-    input:
-        rules.train.output,
-        notebook="notebooks/02_ptq.ipynb",
-    output:
-        update(RECORD.format(notebook="02_ptq")),
-    log:
-        EXECUTED.format(notebook="02_ptq"),
-    params:
-        parameters("02_ptq"),
-    threads: 1
-    resources:
-        mem_mb=4000,
-    shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}"
-
-
-rule qat:
-    input:
-        rules.train.output,
-        notebook="notebooks/03_qat.ipynb",
-    output:
-        update(RECORD.format(notebook="03_qat")),
-    log:
-        EXECUTED.format(notebook="03_qat"),
-    params:
-        parameters("03_qat"),
-    threads: threads_each
-    resources:
-        mem_mb=4000,
-        gpu=config.get("gpu", 0),
-    shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}"
-
-
-rule jpeg_copy:
-    input:
-        rules.ptq.output,
-        notebook="notebooks/10_jpeg_copy.ipynb",
-    output:
-        update(RECORD.format(notebook="10_jpeg_copy")),
-    log:
-        EXECUTED.format(notebook="10_jpeg_copy"),
-    params:
-        parameters("10_jpeg_copy"),
-    threads: 1
-    resources:
-        mem_mb=4000,
-    shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}"
-
-
-rule jit:
-    input:
-        rules.ptq.output,
-        rules.qat.output,
-        notebook="notebooks/04_jit.ipynb",
-    output:
-        update(RECORD.format(notebook="04_jit")),
-    log:
-        EXECUTED.format(notebook="04_jit"),
-    params:
-        parameters("04_jit"),
-    threads: 1
-    resources:
-        mem_mb=4000,
-    shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}"
-
-
-rule onnx_openvino:
-    input:
-        rules.ptq.output,
-        rules.qat.output,
-        notebook="notebooks/05_onnx_openvino.ipynb",
-    output:
-        update(RECORD.format(notebook="05_onnx_openvino")),
-    log:
-        EXECUTED.format(notebook="05_onnx_openvino"),
-    params:
-        parameters("05_onnx_openvino"),
-    threads: 1
-    resources:
-        mem_mb=4000,
-    shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}"
+    rule:
+        name:
+            notebook
+        input:
+            [RECORD.format(notebook=other) for other in needed],
+            notebook=f"notebooks/{notebook}.ipynb",
+        output:
+            update(RECORD.format(notebook=notebook)),
+        log:
+            EXECUTED.format(notebook=notebook),
+        params:
+            parameters(notebook),
+        threads: threads_each if notebook in TRAINS else 1
+        resources:
+            mem_mb=4000,
+            gpu=config.get("gpu", 0) if notebook in TRAINS else 0,
+        shell:
+            PAPERMILL + "{input.notebook} {log} -y {params}"
 
 
 # Four ResNet50s of its own: it needs no other notebook.
@@ -177,63 +118,56 @@ rule ptq_collapse:
         PAPERMILL + "{input.notebook} {log} -y {params}"
 
 
-# The benchmark waits until nothing else is left to do, and claims every core: it has the machine to itself.
-rule benchmark:
-    input:
-        *(records(notebook, PROFILE.trained()) for notebook in ("01_train", "02_ptq", "03_qat")),
-        *(records(notebook, PROFILE.served()) for notebook in ("04_jit", "05_onnx_openvino")),
-        records("10_jpeg_copy", [FIRST]),
-        COLLAPSE,
-        notebook="notebooks/06_benchmark.ipynb",
-    output:
-        update(RECORD.format(notebook="06_benchmark")),
-    log:
-        EXECUTED.format(notebook="06_benchmark"),
-    params:
-        parameters("06_benchmark"),
-    threads: CORES
-    resources:
-        mem_mb=4000,
-    shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}"
+# What times waits until nothing else is left to do, and claims every core: it has the machine to itself.
+for notebook in ("06_benchmark", "13_where_time_goes"):
+
+    rule:
+        name:
+            notebook
+        input:
+            [records(other, models) for other, models in MODELS.items()],
+            COLLAPSE,
+            notebook=f"notebooks/{notebook}.ipynb",
+        output:
+            update(RECORD.format(notebook=notebook)),
+        log:
+            EXECUTED.format(notebook=notebook),
+        params:
+            parameters(notebook),
+        threads: CORES
+        resources:
+            mem_mb=4000,
+        shell:
+            PAPERMILL + "{input.notebook} {log} -y {params}"
 
 
-rule analysis:
-    input:
-        records("06_benchmark", PROFILE.timed()),
-        reference="book/reference_study.csv",
-        notebook="notebooks/07_analysis.ipynb",
-    output:
-        update(f"{RUN}/book/results/headline.md"),
-    log:
-        f"{RUN}/notebooks/07_analysis.ipynb",
-    params:
-        shlex.quote(json.dumps(PROFILE.arguments("07_analysis", NAME))),
-    resources:
-        mem_mb=4000,
-    shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}"
+# These read the records of all others, and write pages of the book.
+PAGES = {"07_analysis": "table1.md", "08_qat_or_longer": "qat.md", "17_decide": "choice.md"}
+for notebook, page in PAGES.items():
 
-
-rule qat_or_longer:
-    input:
-        rules.analysis.output,
-        notebook="notebooks/08_qat_or_longer.ipynb",
-    output:
-        update(f"{RUN}/book/results/qat.md"),
-    log:
-        f"{RUN}/notebooks/08_qat_or_longer.ipynb",
-    params:
-        shlex.quote(json.dumps(PROFILE.arguments("08_qat_or_longer", NAME))),
-    resources:
-        mem_mb=4000,
-    shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}"
+    rule:
+        name:
+            notebook
+        input:
+            [records(other, TIMED) for other in ("06_benchmark", "13_where_time_goes")],
+            [f"{RUN}/book/results/{PAGES['07_analysis']}"] if notebook != "07_analysis" else [],
+            reference="book/reference_study.csv",
+            notebook=f"notebooks/{notebook}.ipynb",
+        output:
+            update(f"{RUN}/book/results/{page}"),
+        log:
+            f"{RUN}/notebooks/{notebook}.ipynb",
+        params:
+            shlex.quote(json.dumps(PROFILE.arguments(notebook, NAME))),
+        resources:
+            mem_mb=4000,
+        shell:
+            PAPERMILL + "{input.notebook} {log} -y {params}"
 
 
 rule book:
     input:
-        rules.qat_or_longer.output,
+        [f"{RUN}/book/results/{page}" for page in PAGES.values()],
         sorted(str(page) for page in Path("book").glob("*.*")),
     output:
         update(f"{RUN}/book/_build/html/index.html"),
