@@ -59,6 +59,7 @@ NOTEBOOKS = (
     "08_qat_or_longer",
     "09_ptq_collapse",
     "10_jpeg_copy",
+    "13_where_time_goes",
 )
 # These read the records of all others, and train or time nothing.
 READERS = ("07_analysis", "08_qat_or_longer")

@@ -29,6 +29,7 @@ COLUMNS: dict[str, list[str]] = {
     ),
     "size": "arch arm runtime parameters weight_bytes artifact_bytes run_id".split(),
     "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
+    "profile": "arch recipe arm runtime engine threads batch check setting value unit run_id".split(),
     "diagnosis": "arch recipe second_relu seed epochs data split check setting n value run_id".split(),
 }
 VERSIONS_OF = ("torch", "torchvision", "openvino", "nncf", "onnx", "onnxruntime", "numpy", "pandas", "papermill")
