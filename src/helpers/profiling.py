@@ -195,7 +195,7 @@ def openvino_nodes(
     path: an IR (.xml); images: float32 [N, 3, H, W]. Rows have layer (in PyTorch's name where it is a convolution or the
     classifier, else OpenVINO's), type, kernel (OpenVINO's word for it) and ms. The counters are means since compilation in
     whole microseconds, cut, so a node may take up to 1 us more; the model is compiled `repeats` times, called `calls` times
-    each, and the median over the compilations counts. Counting itself slows a call.
+    each, and the least of these means counts: the one that other work disturbed least. Counting itself slows a call.
     """
     model = openvino.Core().read_model(path)
     model.reshape([len(images), *list(model.input(0).partial_shape)[1:]])
@@ -211,7 +211,7 @@ def openvino_nodes(
                 times[node.node_name].append(1e3 * node.real_time.total_seconds())
                 name = pytorch_name(node.node_name, node.node_type)
                 found[node.node_name] = {"layer": name, "type": node.node_type, "kernel": node.exec_type}
-    return [row | {"ms": float(np.median(times[node]))} for node, row in found.items()]
+    return [row | {"ms": min(times[node])} for node, row in found.items()]
 
 
 def pytorch_name(node: str, kind: str) -> str:
@@ -231,7 +231,7 @@ def torch_ops(predictor: Predictor, images: np.ndarray, calls: int = 10) -> list
     """Self time of each PyTorch operator in one call, by torch's profiler: rows with op, kernel, count and ms.
 
     kernel: whether the op computes, that is calls no other op but allocations, views and copies; the others are wrappers.
-    predictor: of an eager or TorchScript model; images: float32 [N, 3, H, W]. ms is the median over `calls` calls, each
+    predictor: of an eager or TorchScript model; images: float32 [N, 3, H, W]. ms is the least over `calls` calls, each
     profiled alone. The profiler itself slows every op by about a microsecond.
     """
     predictor(images), predictor(images)
@@ -244,7 +244,7 @@ def torch_ops(predictor: Predictor, images: np.ndarray, calls: int = 10) -> list
             times[event.name, kernel][turn] += 1e-3 * event.self_cpu_time_total
             counts[event.name, kernel] += 1
     rows = [
-        {"op": op, "kernel": kernel, "count": counts[op, kernel] / calls, "ms": float(np.median(values))}
+        {"op": op, "kernel": kernel, "count": counts[op, kernel] / calls, "ms": float(values.min())}
         for (op, kernel), values in times.items()
     ]
     return sorted(rows, key=lambda row: -row["ms"])
