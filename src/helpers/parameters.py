@@ -8,7 +8,7 @@ allowed words stand in the modules that they belong to.
 import json
 import os
 from collections.abc import Mapping
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,6 +64,7 @@ NOTEBOOKS = (
     "10_jpeg_copy",
     "11_dead_taps",
     "12_runtimes",
+    "13_where_time_goes",
     "14_calibration",
     "15_bit_widths",
     "16_what_accuracy_hides",
@@ -128,6 +129,12 @@ class Block(BaseModel):
     archs: Annotated[list[Arch], Field(min_length=1)]
     recipes: Annotated[list[RecipeName], Field(min_length=1)]
     seeds: Annotated[list[Count], Field(min_length=1)]
+    notebooks: dict[str, dict[str, Any]] = {}  # parameters of notebooks for these models only
+
+    def models(self) -> list[dict[str, Any]]:
+        """Its models as arch, recipe and seed."""
+        found = product(self.archs, self.recipes, self.seeds)
+        return [dict(zip(("arch", "recipe", "seed"), model, strict=True)) for model in found]
 
 
 class Profile(BaseModel):
@@ -141,8 +148,8 @@ class Profile(BaseModel):
 
     def trained(self) -> list[dict[str, Any]]:
         """The models of all blocks, each once, as arch, recipe and seed; the first one gives the book its chapters."""
-        found = [product(block.archs, block.recipes, block.seeds) for block in self.models]
-        return [dict(zip(("arch", "recipe", "seed"), model, strict=True)) for model in dict.fromkeys(chain(*found))]
+        found = [model for block in self.models for model in block.models()]
+        return [model for number, model in enumerate(found) if model not in found[:number]]
 
     def served(self) -> list[dict[str, Any]]:
         """The models that are exported: all that were trained with the first one's recipe."""
@@ -155,7 +162,9 @@ class Profile(BaseModel):
     def arguments(self, notebook: str, name: str, **chosen: Any) -> dict[str, Any]:
         """The papermill parameters of one run of `notebook` under the profile called `name`; `chosen` wins."""
         declared = declared_parameters(notebook)
-        values = {**self.common, **self.notebooks.get(notebook, {}), "run_dir": f"runs/{name}", **chosen}
+        own = [block.notebooks.get(notebook, {}) for block in self.models if chosen in block.models()][:1]
+        values = {**self.common, **self.notebooks.get(notebook, {}), **(own[0] if own else {})}
+        values |= {"run_dir": f"runs/{name}", **chosen}
         if "archs" in declared:
             values["archs"] = [model["arch"] for model in self.timed()]
         return {key: value for key, value in values.items() if key in declared}
@@ -173,12 +182,13 @@ def load_profile(name: str, folder: Path = Path("profiles")) -> Profile:
     profile = _validated(Profile, content, f"{path}: ")
     assert isinstance(profile, Profile)
     declared = {notebook: declared_parameters(notebook) for notebook in NOTEBOOKS}
-    _no_others(list(profile.notebooks), list(NOTEBOOKS), f"{path}, which names notebooks")
     _no_others(list(profile.common), sorted({key for keys in declared.values() for key in keys}), "any notebook")
     _checked(profile.common, f"{path}: common.")
-    for notebook, values in profile.notebooks.items():
-        _no_others(list(values), declared[notebook], notebook)
-        _checked(values, f"{path}: {notebook}.")
+    for notebooks in (profile.notebooks, *(block.notebooks for block in profile.models)):
+        _no_others(list(notebooks), list(NOTEBOOKS), f"{path}, which names notebooks")
+        for notebook, values in notebooks.items():
+            _no_others(list(values), declared[notebook], notebook)
+            _checked(values, f"{path}: {notebook}.")
     return profile
 
 

@@ -29,6 +29,7 @@ COLUMNS: dict[str, list[str]] = {
     "size": "arch arm runtime parameters weight_bytes artifact_bytes run_id".split(),
     "exports": "arch recipe arm runtime seed export_seconds first_call_ms agreement n reason run_id".split(),
     "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
+    "profile": "arch recipe arm runtime engine threads batch check setting value unit run_id".split(),
     "diagnosis": "arch recipe second_relu seed epochs data split check setting n value run_id".split(),
     # One row for each draw of calibration images; FP32 has no observer, no images and no seconds.
     "calibration": (
@@ -220,14 +221,12 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
         raise StudyError(f"There are no records in {run_dir}; run the notebooks 01 to 06 with this run_dir first.")
     tables: dict[str, list[dict[str, Any]]] = {table: [] for table in COLUMNS}
     runs: dict[str, Any] = {}
-    pages: dict[str, str] = {}
     for path in paths:
         try:
             record = json.loads(path.read_text())
-            runs[record["run_id"]] = record["run"]
+            runs[record["run_id"]] = record["run"] | {"pages": record["pages"]}
             for table, rows in record["tables"].items():
                 tables[table] += rows
-            pages |= record.get("pages", {})
         except (ValueError, KeyError) as error:
             raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
     if keep and (results / "runs.json").exists():
@@ -240,9 +239,13 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
         if path.with_suffix(".npz").exists():
             with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:
                 aside.write_bytes(path.with_suffix(".npz").read_bytes())
-    for name, text in pages.items():
+    pages: dict[str, list[str]] = {}
+    for _, run in sorted(runs.items()):
+        for name, text in run["pages"].items():
+            pages.setdefault(name, []).append(text)
+    for name, texts in pages.items():  # runs that write the same page, of several models, follow each other in it
         with whole_file(results / name) as aside:
-            aside.write_text(text + "\n")
+            aside.write_text("\n\n".join(texts) + "\n")
     for table, rows in tables.items():
         keys = [column for column in COLUMNS[table] if column not in ("accuracy", "median_ms")]
         frame = pd.DataFrame(rows, columns=COLUMNS[table]).sort_values(keys, kind="stable")

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers.files import StudyError
+from helpers.models import build_model, count_parameters, module_predictor, trim_dead_taps
+from helpers.profiling import (
+    floor_ms,
+    in_fresh_process,
+    layer_costs,
+    memory_traffic,
+    onednn_events,
+    openvino_nodes,
+    pytorch_name,
+    seconds_of,
+    torch_ops,
+    touched_taps,
+)
+from helpers.runtimes import convert_to_openvino, export_onnx
+
+
+def test_a_padded_3x3_kernel_on_one_pixel_does_a_ninth_of_its_work():
+    conv = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, bias=False))
+    row = layer_costs(conv, 1)[0]
+    assert (row["macs"], row["useful_macs"]) == (135, 15)
+    assert (row["weights"], row["useful_weights"], row["activations"]) == (135, 15, 8)
+
+
+def test_touched_taps_by_hand():
+    assert touched_taps(2, 3, 1, 1, 1) == 4  # outputs at 0 and 1 see taps 1, 2 and 0, 1
+    assert touched_taps(4, 3, 2, 1, 1) == 5  # outputs at 0 and 2 see taps 1, 2 and 0, 1, 2
+    assert touched_taps(3, 3, 1, 2, 2) == 5  # dilated: 1, 2 | 1 | 0, 1 of taps that lie 2 apart
+    assert touched_taps(8, 1, 2, 0, 1) == 4
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_the_counts_are_those_of_pytorch_s_counter_and_of_the_trimmed_model(arch):
+    model = build_model(arch).eval()
+    rows = layer_costs(model, 32)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, 3, 32, 32))
+    assert 2 * sum(row["macs"] for row in rows) == counter.get_total_flops()
+    cut = count_parameters(model) - count_parameters(trim_dead_taps(model, 32))
+    assert sum(row["weights"] - row["useful_weights"] for row in rows) == cut
+
+
+def test_a_model_without_float_layers_is_refused():
+    with pytest.raises(StudyError, match="before it is quantized"):
+        layer_costs(nn.ReLU(), 32)
+
+
+def test_the_floor_is_the_longer_of_computing_and_moving():
+    # 2e6 multiply-accumulates at 1 GMAC/s: 2 ms; 6e6 bytes at 2 GB/s: 3 ms.
+    np.testing.assert_allclose(floor_ms([2e6, 2e6], [6e6, 1e6], 1, 2), [3, 2])
+    with pytest.raises(ValueError, match="must be positive"):
+        floor_ms([1], [1], 0, 1)
+
+
+def test_memory_traffic_counts_its_bytes():
+    read, bytes_read = memory_traffic(1200)
+    triad, bytes_triad = memory_traffic(1200, triad=True)
+    assert (bytes_read, bytes_triad) == (1200, 1200)
+    assert float(read()) == 300 and (triad() == 4).all()
+    assert (seconds_of(read, 3) > 0).all()
+
+
+def test_onednn_s_lines_are_summed_up():
+    lines = [
+        "onednn_verbose,v1,info,cpu,runtime:OpenMP,nthr:2",
+        "onednn_verbose,v1,primitive,info,template:operation,engine,primitive,implementation,exec_time",
+        "onednn_verbose,v1,primitive,create:cache_hit,cpu,convolution,brg_conv_fwd:avx512_core_vnni,f,src:u8,a,b,mb1,0.009",
+        "onednn_verbose,v1,primitive,exec,cpu,convolution,brg_conv_fwd:avx512_core_vnni,f,src:u8,a,b,mb1,0.25",
+        "onednn_verbose,v1,primitive,exec,cpu,convolution,brg_conv_fwd:avx512_core_vnni,f,src:u8,a,b,mb1,0.5",
+        "something else, printed, by, the, same, process, 3",
+    ]
+    assert onednn_events("\n".join(lines)) == {"create convolution": (1, 0.009), "exec convolution": (2, 0.75)}
+
+
+def test_torch_s_ops_are_split_into_kernels_and_wrappers():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    ops = torch_ops(module_predictor(net), np.zeros((1, 3, 32, 32), np.float32), calls=3)
+    kernel = {row["op"]: row["kernel"] for row in ops}
+    assert not kernel["aten::conv2d"] and not kernel["aten::convolution"] and not kernel["aten::empty"]
+    assert sum("conv" in op for op, computes in kernel.items() if computes) == 1
+    assert next(row for row in ops if row["op"] == "aten::conv2d")["count"] == 1
+
+
+def test_openvino_s_nodes_carry_pytorch_s_names(tmp_path):
+    model = build_model("resnet18").eval()
+    export_onnx(model, tmp_path / "model.onnx")
+    convert_to_openvino(tmp_path / "model.onnx", tmp_path / "model.xml")
+    images = np.zeros((1, 3, 32, 32), np.float32)
+    nodes = openvino_nodes(tmp_path / "model.xml", images, threads=1, calls=2, repeats=1)
+    assert {row["layer"] for row in layer_costs(model, 32)} <= {row["layer"] for row in nodes}
+    assert pytorch_name("/layer2/0/downsample/0/Conv/WithoutBiases", "Convolution") == "layer2.0.downsample.0"
+
+
+def test_a_fresh_process_gets_its_environment_and_says_why_it_failed():
+    script = "import os, sys; print(os.environ['CAP'], sys.argv[1])"
+    assert in_fresh_process(script, [3], {"CAP": "AVX2"}).split() == ["AVX2", "3"]
+    with pytest.raises(StudyError, match="KeyError"):
+        in_fresh_process(script, [3])
