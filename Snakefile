@@ -70,12 +70,13 @@ NEEDS = {
     "16_what_accuracy_hides": ["04_jit", "05_onnx_openvino"],
 }
 TRAINED, SERVED, TIMED = PROFILE.trained(), PROFILE.served(), PROFILE.timed()
-MODELS = {
+PLANNED = {
     **dict.fromkeys(("01_train", "02_ptq", "03_qat"), TRAINED),
     **dict.fromkeys(("04_jit", "05_onnx_openvino"), SERVED),
-    **dict.fromkeys(("11_dead_taps", "12_runtimes"), TIMED),
+    **dict.fromkeys(("11_dead_taps", "12_runtimes", "13_where_time_goes", "06_benchmark"), TIMED),
     **dict.fromkeys(("10_jpeg_copy", "14_calibration", "15_bit_widths", "16_what_accuracy_hides"), [FIRST]),
 }
+MODELS = {notebook: [model for model in models if PROFILE.runs(notebook, model)] for notebook, models in PLANNED.items()}
 TRAINS = ("01_train", "03_qat", "12_runtimes", "15_bit_widths")
 
 for notebook, needed in NEEDS.items():
@@ -125,7 +126,7 @@ for notebook in ("06_benchmark", "13_where_time_goes"):
         name:
             notebook
         input:
-            [records(other, models) for other, models in MODELS.items()],
+            [records(other, MODELS[other]) for other in NEEDS],
             COLLAPSE,
             notebook=f"notebooks/{notebook}.ipynb",
         output:
@@ -149,7 +150,7 @@ for notebook, page in PAGES.items():
         name:
             notebook
         input:
-            [records(other, TIMED) for other in ("06_benchmark", "13_where_time_goes")],
+            [records(other, MODELS[other]) for other in ("06_benchmark", "13_where_time_goes")],
             [f"{RUN}/book/results/{PAGES['07_analysis']}"] if notebook != "07_analysis" else [],
             reference="book/reference_study.csv",
             notebook=f"notebooks/{notebook}.ipynb",

@@ -20,6 +20,8 @@ from helpers.records import gather, read_results, run_name
 PAGES = Path("book")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FOUND = re.compile(r"(<!-- found -->).*(<!-- end of found -->)", re.DOTALL)
+INCLUDED = re.compile(r"^\s*```\{include\} (results/\S+\.md)", re.MULTILINE)
+NOT_DONE = "This run has not done this part."
 BADGE = re.compile(r"\[!\[(?P<text>[^]]*)\]\([^)]*\)\]\((?P<link>[^)]*)\)")
 
 
@@ -50,6 +52,14 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
     nbformat.write(notebook, chapter)
 
 
+def copy_unexecuted(notebook: str, chapters: Path) -> None:
+    """Copy a notebook that the run has left out or not finished yet: its source, and a note that says so under its title."""
+    copy_chapter(Path("notebooks") / f"{notebook}.ipynb", chapters / f"{notebook}.ipynb")
+    chapter = nbformat.read(chapters / f"{notebook}.ipynb", as_version=4)
+    chapter.cells[0].source += f"\n\n:::{{note}}\n{NOT_DONE} This is its source, without outputs.\n:::"
+    nbformat.write(chapter, chapters / f"{notebook}.ipynb")
+
+
 def is_finished(executed: Path) -> bool:
     """Whether papermill ran this notebook to its end without an error."""
     if not executed.exists():
@@ -59,7 +69,13 @@ def is_finished(executed: Path) -> bool:
 
 
 def build(book: Path) -> Path:
-    """Build the HTML; every warning is an error. Returns the first page. Raises StudyError with what went wrong."""
+    """Build the HTML; every warning is an error. Returns the first page. Raises StudyError with what went wrong.
+
+    Where a page includes results that the run does not have, it says so.
+    """
+    for name in {name for page in book.glob("*.md") for name in INCLUDED.findall(page.read_text())}:
+        if not (book / name).exists():
+            (book / name).write_text(f"*{NOT_DONE}*\n")
     command = [
         str(Path(sys.executable).parent / "jupyter-book"),
         "build",
@@ -86,8 +102,12 @@ def book_of_run(profile: str) -> Path:
     """Build the book of one run. Returns the first page."""
     book = Path("runs") / profile / "book"
     copy_pages(book)
+    settings = load_profile(profile)
     for notebook in NOTEBOOKS:
-        copy_chapter(executed_notebook(notebook, profile), book / "chapters" / f"{notebook}.ipynb")
+        if settings.runs(notebook, settings.trained()[0]):
+            copy_chapter(executed_notebook(notebook, profile), book / "chapters" / f"{notebook}.ipynb")
+        else:
+            copy_unexecuted(notebook, book / "chapters")
     return build(book)
 
 
@@ -121,6 +141,9 @@ def published_book(run: Path = Path("runs/published"), published: Path = PAGES) 
         shutil.rmtree(book / part, ignore_errors=True)
         shutil.copytree(published / part, book / part)
     copy_pages(book)
+    for notebook in NOTEBOOKS:
+        if not (book / "chapters" / f"{notebook}.ipynb").exists() and notebook not in READERS:
+            copy_unexecuted(notebook, book / "chapters")
     (run / "notebooks").mkdir(exist_ok=True)
     archs = sorted(read_results(book / "results")["latency"]["arch"].unique())
     if not archs:

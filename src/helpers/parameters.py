@@ -70,6 +70,15 @@ NOTEBOOKS = (
     "16_what_accuracy_hides",
     "17_decide",
 )
+# No other notebook needs their results, so a profile may leave them out where they take too long.
+OPTIONAL = (
+    "11_dead_taps",
+    "12_runtimes",
+    "13_where_time_goes",
+    "14_calibration",
+    "15_bit_widths",
+    "16_what_accuracy_hides",
+)
 # These read the records of all others, and train or time nothing.
 READERS = ("07_analysis", "08_qat_or_longer", "17_decide")
 
@@ -130,6 +139,7 @@ class Block(BaseModel):
     recipes: Annotated[list[RecipeName], Field(min_length=1)]
     seeds: Annotated[list[Count], Field(min_length=1)]
     notebooks: dict[str, dict[str, Any]] = {}  # parameters of notebooks for these models only
+    leave_out: list[Literal[*OPTIONAL]] = []  # notebooks that these models do without
 
     def models(self) -> list[dict[str, Any]]:
         """Its models as arch, recipe and seed."""
@@ -158,6 +168,10 @@ class Profile(BaseModel):
     def timed(self) -> list[dict[str, Any]]:
         """The models that the benchmark times: of each arch the first one, because latency does not depend on weights."""
         return list({model["arch"]: model for model in reversed(self.served())}.values())[::-1]
+
+    def runs(self, notebook: str, model: Mapping[str, Any]) -> bool:
+        """Whether this model goes through `notebook`; the first block that has it says so."""
+        return not any(notebook in block.leave_out for block in [b for b in self.models if model in b.models()][:1])
 
     def arguments(self, notebook: str, name: str, **chosen: Any) -> dict[str, Any]:
         """The papermill parameters of one run of `notebook` under the profile called `name`; `chosen` wins."""

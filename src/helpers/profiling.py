@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from helpers.files import StudyError
 from helpers.models import Predictor, live_taps
 from helpers.quantization import ENGINES, set_engine
+from helpers.runtimes import compile_openvino
 
 # The library under torch's profiler looks for GPUs, and says at every start that there are none; this is about CPUs.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -179,12 +180,7 @@ def _openvino_convolutions(channels: int, size: int, int8: bool, threads: int) -
         product = ops.multiply(ops.convert(weight, np.float32), scale)
         value = ops.convolution(value, product, [1, 1], [1, 1], [1, 1], [1, 1])
         value = ops.fake_quantize(value, low, high, low, high, 256) if int8 else value
-    return _compile(openvino.Model([value], [images]), threads).create_infer_request()
-
-
-def _compile(model: "openvino.Model", threads: int, **config: Any) -> "openvino.CompiledModel":
-    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    return openvino.Core().compile_model(model, "CPU", hints | config)
+    return compile_openvino(openvino.Model([value], [images]), 1, threads).create_infer_request()
 
 
 def openvino_nodes(
@@ -198,11 +194,10 @@ def openvino_nodes(
     each, and the least of these means counts: the one that other work disturbed least. Counting itself slows a call.
     """
     model = openvino.Core().read_model(path)
-    model.reshape([len(images), *list(model.input(0).partial_shape)[1:]])
     found: dict[str, dict[str, Any]] = {}
     times = defaultdict(list)
     for _ in range(repeats):
-        request = _compile(model, threads, PERF_COUNT=True).create_infer_request()
+        request = compile_openvino(model, len(images), threads, PERF_COUNT=True).create_infer_request()
         np.copyto(request.get_input_tensor().data, images)
         for _ in range(calls):
             request.infer()

@@ -310,7 +310,7 @@ def _openvino(path: Path, threads: int, runtime: str) -> Predictor:
     def predictor(images: np.ndarray) -> np.ndarray:
         n = len(images)
         if n not in requests:
-            requests[n] = _compile_openvino(core, model, n, threads, runtime).create_infer_request()
+            requests[n] = compile_openvino(model, n, threads, runtime).create_infer_request()
         # Writing into the request's own tensor spares a call the dictionary of inputs: a tenth of ResNet18's INT8 latency.
         np.copyto(requests[n].get_input_tensor().data, images)
         requests[n].infer()
@@ -319,18 +319,20 @@ def _openvino(path: Path, threads: int, runtime: str) -> Predictor:
     return predictor
 
 
-def _compile_openvino(
-    core: "openvino.Core", model: "openvino.Model", batch: int, threads: int, runtime: str = "openvino"
+def compile_openvino(
+    model: "openvino.Model", batch: int, threads: int = 0, runtime: str = "openvino", **config: object
 ) -> "openvino.CompiledModel":
+    """Compile a copy of a model for one batch size, for latency; threads: 0 for OpenVINO's own choice.
+
+    runtime: openvino (float32 where the model is float) or openvino_bf16; config: more of OpenVINO's properties.
+    """
     fixed = model.clone()
     fixed.reshape([batch, *list(model.input(0).partial_shape)[1:]])
-    config = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "bf16" if runtime == "openvino_bf16" else "f32",
-    }
+    precision = "bf16" if runtime == "openvino_bf16" else "f32"
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     if threads:
-        config["INFERENCE_NUM_THREADS"] = threads
-    return core.compile_model(fixed, "CPU", config)
+        hints["INFERENCE_NUM_THREADS"] = threads
+    return openvino.Core().compile_model(fixed, "CPU", hints | config)
 
 
 def first_call(path: Path, runtime: str, images: np.ndarray) -> float:
@@ -358,8 +360,7 @@ def layers_run_as(path: Path, runtime: str) -> list[dict[str, str]]:
 
 
 def _openvino_layers(path: Path) -> Iterator[dict[str, str]]:
-    core = openvino.Core()
-    compiled = _compile_openvino(core, core.read_model(path), 1, 0)
+    compiled = compile_openvino(openvino.Core().read_model(path), 1)
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items() if key in _OPENVINO_FACTS}
         kind = {"Convolution": "convolution", "FullyConnected": "linear", "MatMul": "linear"}.get(
