@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -148,3 +149,34 @@ def test_a_fork_s_url_reaches_every_place(tmp_path):
     ]
     assert left == []
     json.loads((tmp_path / "notebooks" / "01_train.ipynb").read_text())
+
+
+WITHOUT_TORCH_AO = """
+import builtins
+
+imported = builtins.__import__
+
+
+def without(name, globals=None, *rest, **named):
+    if (globals or {}).get("__name__") == "helpers.eager" and name.startswith("torch.ao"):
+        raise ImportError(f"No module named {name!r}")
+    return imported(name, globals, *rest, **named)
+
+
+builtins.__import__ = without
+"""
+
+
+def test_when_torch_ao_is_gone_legacy_rows_are_left_out_with_a_sentence(tmp_path):
+    """What eager.py imports is taken away, as a later torch would; the benchmark times what is left."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH_AO)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run_dir, small = ["-r", "run_dir", tmp_path / "run"], "{limit: 64, rounds: 2, app_seconds: 1}"
+    done = papermill("06_benchmark", tmp_path / "06.ipynb", *run_dir, "-y", small, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "has no torch.ao.quantization" in (tmp_path / "06.ipynb").read_text()
+    record = json.loads(next((tmp_path / "run" / "records").glob("06_benchmark-*.json")).read_text())
+    rows = {(row["arm"], row["runtime"]) for row in record["tables"]["latency"]}
+    assert rows == {("fp32", "eager"), ("fp32", "onnxruntime"), ("fp32", "openvino"), ("ptq_nncf", "openvino")}
+    refused = papermill("02_ptq", tmp_path / "02.ipynb", *run_dir, PYTHONPATH=path)
+    assert refused.returncode != 0 and "has no torch.ao.quantization" in refused.stderr

@@ -199,6 +199,14 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         ) from error
 
 
+def calibrate(prepared: nn.Module, images: Tensor, batch_size: int = 128) -> None:
+    """Show images, float32 [N, 3, H, W], normalised, to the observers."""
+    prepared.eval()
+    with torch.inference_mode():
+        for batch in images.split(batch_size):
+            prepared(batch)
+
+
 def module_predictor(model: nn.Module) -> Predictor:
     """Wrap a module as a predictor: images float32 [N, 3, 32, 32] to logits float32 [N, 10], both numpy arrays.
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from helpers.data import DATA_NAMES
 from helpers.files import StudyError, check_writable
 from helpers.models import ARCHS
-from helpers.quantization import QCONFIGS
+from helpers.quantization import QCONFIG_NAMES
 from helpers.training import PRECISIONS, RECIPES
 
 Count = Annotated[int, Field(ge=0)]
@@ -38,7 +38,7 @@ PARAMETERS: dict[str, Any] = {
     "epochs": Count,
     "extra_epochs": Count,
     "precision": Literal[*PRECISIONS],
-    "qconfig": Literal[*QCONFIGS],
+    "qconfig": Literal[*QCONFIG_NAMES],
     "engine": Literal["fbgemm", "x86"],  # also where this machine has but one of them
     "calibration_images": Positive,
     "calibration_sizes": Annotated[list[Positive], Field(min_length=1)],

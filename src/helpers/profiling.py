@@ -19,9 +19,9 @@ import torch
 from openvino import opset13 as ops
 from torch import Tensor, nn
 
+from helpers import quantization
 from helpers.files import StudyError
 from helpers.models import Predictor, live_taps
-from helpers.quantization import ENGINES, set_engine
 from helpers.runtimes import compile_openvino
 
 # The library under torch's profiler looks for GPUs, and says at every start that there are none; this is about CPUs.
@@ -152,7 +152,7 @@ def products(threads: int, bfloat16: bool = False) -> dict[tuple[str, str], tupl
     if bfloat16:
         low, other = a.bfloat16(), b.bfloat16()
         calls["bfloat16", "torch.matmul"] = (lambda: low @ other, n**3)
-    for engine in ENGINES:
+    for engine in quantization.ENGINES:
         calls["int8", f"torch quantized linear, {engine}"] = (_quantized_linear(a, b, engine), n**3)
     for precision in ("float32", "int8"):
         request = _openvino_convolutions(channels, size, precision == "int8", threads)
@@ -161,7 +161,7 @@ def products(threads: int, bfloat16: bool = False) -> dict[tuple[str, str], tupl
 
 
 def _quantized_linear(a: Tensor, b: Tensor, engine: str) -> Callable[[], Any]:
-    set_engine(engine)
+    quantization.set_engine(engine)
     weight = torch.quantize_per_tensor(b, 1 / 127, 0, torch.qint8)
     inputs = torch.quantize_per_tensor(a, 1 / 127, 0, torch.quint8)
     packed = torch.ops.quantized.linear_prepack(weight, None)

@@ -1,13 +1,9 @@
-"""Eager-mode INT8 quantization of the study's models, in PyTorch's own terms.
+"""INT8 quantization of the study's models: what all ways share, and the eager-mode functions while PyTorch has them.
 
-The only importer of `torch.ao.quantization`: when PyTorch drops it, this file changes and no other.
-Called by notebooks and `runtimes`; calls `models` and `pt2e`.
+Called by notebooks and `runtimes`; calls `eager`, `pt2e` and `models`.
 """
 
-import copy
 import io
-import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,223 +13,34 @@ from torch import Tensor, nn
 
 from helpers import pt2e
 from helpers.files import StudyError
-from helpers.models import (
-    IMAGE_SIZE,
-    BottleneckWithoutSecondReLU,
-    build_model,
-    load_state,
-    load_weights,
-    trim_dead_taps,
+from helpers.models import IMAGE_SIZE, build_model, load_state, load_weights, trim_dead_taps
+from helpers.models import calibrate as calibrate
+
+try:
+    from helpers import eager
+except ImportError:
+    eager = None  # type: ignore[assignment]
+
+LEGACY = eager is not None
+ENGINES = eager.ENGINES if LEGACY else ()
+
+# Every rule for quantization parameters by its name: where the range of an activation comes from, and how many of them a
+# layer's weights share. The first is PyTorch's default for x86 CPUs.
+QCONFIG_NAMES = (
+    *("histogram_per_channel", "minmax_per_channel", "percentile_per_channel"),
+    *("histogram_per_tensor", "minmax_per_tensor", "percentile_per_tensor"),
 )
-
-# Announced years ahead and still in torch 2.14; the study measures this path because the reference study took it.
-warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
-warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel", category=UserWarning)
-# The default observers use a narrower range on purpose (reduce_range, against saturation without VNNI).
-warnings.filterwarnings("ignore", message="Please use quant_min and quant_max to specify the range")
-from torch.ao import quantization as tq  # noqa: E402
-from torch.ao.nn import quantized as nnq  # noqa: E402
-
-ENGINES = tuple(engine for engine in ("fbgemm", "x86") if engine in torch.backends.quantized.supported_engines)
-
-
-class PercentileObserver(tq.MinMaxObserver):
-    """The range of a tensor without its tails: of each batch, the most extreme 0.1 % on either side are not looked at."""
-
-    tail = 1e-3
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Record the range of `x`, any shape, and return it."""
-        values = x.detach().float().flatten()
-        beyond = int(self.tail * len(values))
-        low, high = (values.kthvalue(k).values for k in (1 + beyond, len(values) - beyond))
-        super().forward(torch.stack([low, high]))
-        return x
-
-
-# Where the range of an activation comes from, and how many of them a layer's weights share.
-OBSERVERS = {"histogram": tq.HistogramObserver, "minmax": tq.MinMaxObserver, "percentile": PercentileObserver}
-WEIGHT_OBSERVERS = {
-    "per_channel": tq.default_per_channel_weight_observer,
-    "per_tensor": tq.default_weight_observer,
-}
-# Every combination by its name. The first is PyTorch's default for x86 CPUs.
-QCONFIGS: dict[str, tq.QConfig] = {
-    f"{observer}_{weights}": tq.QConfig(
-        activation=OBSERVERS[observer].with_args(reduce_range=True), weight=WEIGHT_OBSERVERS[weights]
-    )
-    for weights in WEIGHT_OBSERVERS
-    for observer in OBSERVERS
-}
-
-
-class AutocastFakeQuantize(tq.FusedMovingAvgObsFakeQuantize):
-    """PyTorch's FakeQuantize, also where autocast computes in bfloat16: its kernel takes float32 only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Round `x` to the INT8 grid and back; float32, the shape of `x`."""
-        return super().forward(x.float())
-
-
-# PyTorch's own QAT qconfig for x86 CPUs: moving average min-max, activations with a narrower range (reduce_range).
-QAT_QCONFIG = tq.QConfig(
-    activation=AutocastFakeQuantize.with_args(
-        observer=tq.MovingAverageMinMaxObserver, quant_min=0, quant_max=255, reduce_range=True
-    ),
-    weight=tq.get_default_qat_qconfig("fbgemm").weight,
+NO_LEGACY = (
+    f"torch {torch.__version__} has no torch.ao.quantization: the legacy rows (eager-mode INT8, and what is exported from it) "
+    "are left out; for them install an older torch."
 )
 
 
-class WidthHistogramObserver(tq.HistogramObserver):
-    """PyTorch's HistogramObserver, searching the range with the least error for as many levels as it will really have.
-
-    PyTorch's own counts the levels of the integer type, 256, also where `quant_min` and `quant_max` leave 16.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what PyTorch's HistogramObserver takes."""
-        super().__init__(*args, **kwargs)
-        self.dst_nbins = self.quant_max - self.quant_min + 1
-
-
-# Bits of weights and of activations, from the widest to the narrowest.
-WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
-
-
-def qconfig_of_width(weight_bits: int, activation_bits: int, qat: bool = False) -> tq.QConfig:
-    """The qconfig that rounds weights and activations to so many bits: for `simulate`, or with `qat` for `prepare_qat`.
-
-    Weights are symmetric per channel, activations affine per tensor, like PyTorch's own qconfigs for x86 CPUs, which are
-    what 8 and 8 bits give. Below that nothing converts it: narrower integers exist in simulation only. Raises StudyError
-    for bits outside 2 to 8.
-    """
-    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-        if not 2 <= bits <= 8:
-            raise StudyError(f"{name} is {bits}; allowed are 2 to 8.")
-    if (weight_bits, activation_bits) == (8, 8):
-        return QAT_QCONFIG if qat else next(iter(QCONFIGS.values()))
-    # No reduce_range here: it keeps sums of 8-bit times 8-bit products from saturating in 16 bits, which narrower ones
-    # never reach, and it would take a bit away from every activation.
-    weights = {"quant_min": -(2 ** (weight_bits - 1)), "quant_max": 2 ** (weight_bits - 1) - 1}
-    weights |= {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
-    activations = {"quant_min": 0, "quant_max": 2**activation_bits - 1}
-    if qat:
-        return tq.QConfig(
-            activation=AutocastFakeQuantize.with_args(observer=tq.MovingAverageMinMaxObserver, **activations),
-            weight=tq.FusedMovingAvgObsFakeQuantize.with_args(
-                observer=tq.MovingAveragePerChannelMinMaxObserver, **weights
-            ),
-        )
-    return tq.QConfig(
-        activation=WidthHistogramObserver.with_args(**activations),
-        weight=tq.PerChannelMinMaxObserver.with_args(**weights),
-    )
-
-
-def set_engine(engine: str) -> None:
-    """Choose the library whose INT8 kernels `convert` and `torch.jit.load` pack weights for, from now on.
-
-    Raises StudyError for an engine that is not in ENGINES.
-    """
-    if engine not in ENGINES:
-        raise StudyError(f"engine is {engine!r}; this machine allows {', '.join(ENGINES) or 'none'}.")
-    torch.backends.quantized.engine = engine
-
-
-def qconfig_named(name: str) -> tq.QConfig:
-    """Look a qconfig up. Raises StudyError for a name that is not in QCONFIGS."""
-    if name not in QCONFIGS:
-        raise StudyError(f"qconfig is {name!r}; allowed are {', '.join(QCONFIGS)}.")
-    return QCONFIGS[name]
-
-
-def fuse(model: nn.Module) -> nn.Module:
-    """Fold batch norm into the convolutions and join their ReLU, in a copy; the logits stay those of `model` in eval mode."""
-    fused = copy.deepcopy(model).eval()
-    fused.fuse_model(is_qat=False)
-    for block in fused.modules():
-        if isinstance(block, BottleneckWithoutSecondReLU):  # torchvision's fuse_model goes by the exact type
-            tq.fuse_modules(block, block.FUSED, inplace=True)
-            if block.downsample is not None:
-                tq.fuse_modules(block.downsample, ["0", "1"], inplace=True)
-    return fused
-
-
-def fuse_for_qat(model: nn.Module) -> nn.Module:
-    """Join conv, batch norm and ReLU in a copy, so that QAT sees the folded weights while batch norm still learns."""
-    fused = copy.deepcopy(model).train()
-    fused.fuse_model(is_qat=True)
-    return fused
-
-
-def prepare(fused: nn.Module, qconfig: tq.QConfig) -> nn.Module:
-    """Put observers into a copy of a fused model, where quantization parameters will be needed."""
-    prepared = copy.deepcopy(fused).eval()
-    prepared.qconfig = qconfig
-    return tq.prepare(prepared, inplace=True)
-
-
-def prepare_qat(fused: nn.Module, qconfig: tq.QConfig | None = None) -> nn.Module:
-    """Put what `qconfig` holds into a copy of a fused model that will be trained.
-
-    qconfig: FakeQuantize for weights and activations by default (Jacob et al., arXiv:1712.05877). With a PTQ qconfig
-    only observers are attached and nothing is fake-quantised: what the reference study did.
-    """
-    prepared = copy.deepcopy(fused).train()
-    prepared.qconfig = qconfig or QAT_QCONFIG
-    return tq.prepare_qat(prepared, inplace=True)
-
-
-def count_fake_quantize(model: nn.Module) -> int:
-    """How many FakeQuantize modules the model holds."""
-    return sum(isinstance(module, tq.FakeQuantizeBase) for module in model.modules())
-
-
-def calibrate(prepared: nn.Module, images: Tensor, batch_size: int = 128) -> None:
-    """Show images, float32 [N, 3, H, W], normalised, to the observers."""
-    prepared.eval()
-    with torch.inference_mode():
-        for batch in images.split(batch_size):
-            prepared(batch)
-
-
-def freeze_observers(prepared: nn.Module) -> None:
-    """Keep the quantization parameters as they are from now on."""
-    prepared.apply(tq.disable_observer)
-
-
-def freeze_batch_norm(prepared: nn.Module) -> None:
-    """Keep the batch-norm statistics as they are from now on."""
-    prepared.apply(nn.intrinsic.qat.freeze_bn_stats)
-
-
-def freeze_near_the_end(prepared: nn.Module, done: float) -> None:
-    """The `before_step` of QAT: ranges rest for the last tenth of the training, batch-norm statistics for the last twentieth.
-
-    Not earlier: weights that still move fast, held in frozen statistics, diverge. done: finished part of the training, [0, 1).
-    """
-    if done >= 0.90:
-        freeze_observers(prepared)
-    if done >= 0.95:
-        freeze_batch_norm(prepared)
-
-
-def with_weights_of(prepared: nn.Module, qconfig: tq.QConfig) -> nn.Module:
-    """A copy of a calibrated model of which `convert` will round the weights as `qconfig` says.
-
-    What the observers of the activations saw stays: they look at the float model, so the weights' rule is nothing to them.
-    """
-    other = copy.deepcopy(prepared)
-    for module in other.modules():
-        if getattr(module, "qconfig", None) is not None:
-            module.qconfig = tq.QConfig(activation=module.qconfig.activation, weight=qconfig.weight)
-    return other
-
-
-def convert(prepared: nn.Module, engine: str) -> nn.Module:
-    """Replace the layers of a copy by INT8 ones, their weights packed for `engine` (one of ENGINES)."""
-    set_engine(engine)
-    return tq.convert(copy.deepcopy(prepared).eval(), inplace=True)
+def __getattr__(name: str) -> Any:
+    """The functions of `eager`. Raises StudyError when PyTorch has dropped what they stand on, so that an import ends in a sentence."""
+    if LEGACY or name.startswith("__"):
+        return getattr(eager, name)
+    raise StudyError(f"{name} is not there: {NO_LEGACY}")
 
 
 def load_arm(path: Path, engine: str = "fbgemm", arch: str | None = None) -> nn.Module:
@@ -257,141 +64,36 @@ def _load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, str], 
     if form == "float":
         load_state(model, state, path)
         return model.eval()
-    if form == "prepared":
-        prepared = prepare(fuse(model), qconfig_named(metadata["qconfig"]))
-    elif form == "prepared_qat":
-        prepared = prepare_qat(fuse_for_qat(model))
-    elif form == "prepared_observer_only":
-        prepared = prepare_qat(fuse(model), qconfig_named(metadata["qconfig"]))
-    elif form in pt2e.FORMS:
+    if form in pt2e.FORMS:
         graph = pt2e.rebuild(model.eval(), form)
         load_state(graph, state, path)
         return pt2e.convert_pt2e(graph)
+    if not LEGACY:
+        raise StudyError(f"{path} cannot be loaded: {NO_LEGACY}")
+    if form == "prepared":
+        prepared = eager.prepare(eager.fuse(model), eager.qconfig_named(metadata["qconfig"]))
+    elif form == "prepared_qat":
+        prepared = eager.prepare_qat(eager.fuse_for_qat(model))
+    elif form == "prepared_observer_only":
+        prepared = eager.prepare_qat(eager.fuse(model), eager.qconfig_named(metadata["qconfig"]))
     else:
         raise StudyError(f"{path} has the form {form!r}; delete it and make it again.")
     load_state(prepared, state, path)
-    return convert(prepared, engine)
-
-
-def simulate(fused: nn.Module, qconfig: tq.QConfig, images: Tensor) -> nn.Module:
-    """PTQ in float arithmetic, in a copy: weights on the INT8 grid, and a calibrated FakeQuantize after every activation.
-
-    Unlike an INT8 model it can be quantised in part, see `quantize_only`; all is quantised at first. images: the
-    calibration images, float32 [N, 3, H, W], normalised.
-    """
-    activation = tq.FakeQuantize.with_args(observer=qconfig.activation)
-    simulated = prepare(fused, tq.QConfig(activation=activation, weight=qconfig.weight))
-    simulated.apply(tq.disable_fake_quant)
-    calibrate(simulated, images)
-    simulated.apply(tq.disable_observer)
-    with torch.no_grad():
-        for module in simulated.modules():
-            if type(module) in (nn.Conv2d, nn.Linear):
-                module.weight.copy_(tq.FakeQuantize(qconfig.weight)(module.weight))
-    simulated.apply(tq.enable_fake_quant)
-    return simulated
-
-
-def activation_quantizers(simulated: nn.Module) -> dict[str, tq.FakeQuantize]:
-    """The FakeQuantize of every activation, by the name of the layer whose output it rounds, in order of the modules."""
-    suffix = ".activation_post_process"
-    return {n.removesuffix(suffix): m for n, m in simulated.named_modules() if isinstance(m, tq.FakeQuantize)}
-
-
-def quantize_only(simulated: nn.Module, layers: Collection[str]) -> None:
-    """Quantise the activations of these layers and no others; the weights stay on the INT8 grid."""
-    for name, quantizer in activation_quantizers(simulated).items():
-        quantizer.enable_fake_quant(name in layers)
-
-
-def activation_report(simulated: nn.Module, images: Tensor) -> list[dict[str, float | str]]:
-    """What the calibrated range of each activation leaves of an ordinary image; one row a layer, in order of execution.
-
-    images: float32 [N, 3, H, W], normalised, other ones than those of the calibration. Rows have layer; range: width of
-    the calibrated range; typical: the largest magnitude in the median image, at least half a step; spread: range / typical; levels: INT8 steps
-    within `typical`; sqnr_db: of all images together, 10 log10(sum x^2 / sum (x - q)^2); sqnr_typical_db: the same for
-    each image alone, of which the median. Each activation is rounded alone; only the weights are on the INT8 grid before.
-    """
-    quantizers = activation_quantizers(simulated)
-    rows: dict[
-        str, dict[str, float | str]
-    ] = {}  # a fused layer calls its quantizer twice, the second time to no effect
-
-    def look(layer: str):
-        def hook(quantizer: tq.FakeQuantize, inputs: tuple[Tensor], _output: Tensor) -> None:
-            x = inputs[0].flatten(1).double()
-            step = float(quantizer.scale)
-            low = -step * int(quantizer.zero_point)
-            high = low + step * (quantizer.quant_max - quantizer.quant_min)
-            rounded = (torch.round((x - low) / step) * step + low).clamp(low, high)
-            signal, noise = (part.square().sum(1).clamp(min=1e-30) for part in (x, x - rounded))
-            typical = max(float(x.abs().amax(1).median()), step / 2)  # smaller values are rounded to zero anyway
-            rows[layer] = {
-                **{"layer": layer, "range": high - low, "typical": typical},
-                **{"spread": (high - low) / typical, "levels": typical / step},
-                "sqnr_db": float(10 * torch.log10(signal.sum() / noise.sum())),
-                "sqnr_typical_db": float(10 * torch.log10(signal / noise).median()),
-            }
-
-        return hook
-
-    enabled = [name for name, quantizer in quantizers.items() if quantizer.fake_quant_enabled[0]]
-    quantize_only(simulated, [])
-    hooks = [quantizer.register_forward_hook(look(layer)) for layer, quantizer in quantizers.items()]
-    try:
-        with torch.inference_mode():
-            simulated(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        quantize_only(simulated, enabled)
-    return list(rows.values())
-
-
-def layer_sqnr(reference: nn.Module, quantized: nn.Module, images: Tensor) -> dict[str, float]:
-    """Signal-to-quantization-noise ratio in dB of each convolution's and the classifier's output, in order of execution.
-
-    reference: the fused float model; quantized: what `convert` made of it; images: float32 [N, 3, H, W], normalised.
-    SQNR = 10 log10(sum x^2 / sum (x - q)^2), x the float output and q the dequantised INT8 output; noise that earlier
-    layers made is included. 6 dB are about one bit.
-    """
-    names = [n for n, m in quantized.named_modules() if isinstance(m, nnq.Conv2d | nnq.Linear)]
-    expected, got = (_outputs(model, names, images) for model in (reference, quantized))
-    return {
-        name: float(10 * torch.log10(expected[name].square().sum() / (expected[name] - got[name]).square().sum()))
-        for name in expected
-    }
+    return eager.convert(prepared, engine)
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes that the weights, biases and buffers of a float or INT8 model take, without file overhead."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        if isinstance(module, nnq.Conv2d | nnq.Linear):
+        if hasattr(module, "_packed_params") and hasattr(
+            module, "weight"
+        ):  # an INT8 layer of eager mode keeps its weights packed
             weight = module.weight()
             tensors += [weight, *([] if module.bias() is None else [module.bias()])]
             if weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
                 tensors.append(weight.q_per_channel_scales().float())
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _outputs(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Tensor]:
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str):
-        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            outputs[name] = output.dequantize().double()
-
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        with torch.inference_mode():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return outputs
 
 
 def agreement(first: np.ndarray, second: np.ndarray) -> float:

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from helpers import quantization
 from helpers.files import StudyError, whole_file
 from helpers.models import Predictor, module_predictor
 from helpers.pt2e import ANY_BATCH, export_graph
-from helpers.quantization import load_arm, set_engine
+from helpers.quantization import load_arm
 
 # No telemetry: OpenVINO and NNCF fall back to their silent stubs when this package cannot be imported.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -247,7 +248,7 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
         if runtime == "eager":
             return module_predictor(load_arm(path, engine))
         if runtime == "torchscript":
-            set_engine(engine)
+            quantization.set_engine(engine)
             return module_predictor(torch.jit.load(path))
         if runtime == "inductor":
             return _inductor(load_arm(path))
