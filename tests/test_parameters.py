@@ -79,3 +79,16 @@ def test_a_record_of_other_images_is_not_reused(tmp_path):
     ensure(record, "01_train", {"data": "digits", "limit": 0})
     with pytest.raises(StudyError, match="data is 'cifar10', but .* was made with 'digits'"):
         ensure(record, "01_train", {"data": "cifar10", "limit": 0})
+
+
+def test_a_block_may_have_parameters_of_its_own_and_leave_a_notebook_out(tmp_path):
+    of_r34 = "{archs: [resnet34], recipes: [tuned], seeds: [0], notebooks: {12_runtimes: {extra_epochs: 0}}, leave_out: [15_bit_widths]}"
+    (tmp_path / "two.yml").write_text(f"models: [{ONE[9:-1]}, {of_r34}]\ncommon: {{extra_epochs: 2}}")
+    profile = load_profile("two", tmp_path)
+    small, large = profile.trained()
+    epochs = [profile.arguments("12_runtimes", "two", **model)["extra_epochs"] for model in (small, large)]
+    assert epochs == [2, 0] and profile.arguments("03_qat", "two", **large)["extra_epochs"] == 2
+    assert profile.runs("15_bit_widths", small) and not profile.runs("15_bit_widths", large)
+    (tmp_path / "bad.yml").write_text(ONE[:-2] + ", leave_out: [03_qat]}]")
+    with pytest.raises(StudyError, match="bad.yml"):
+        load_profile("bad", tmp_path)

@@ -77,3 +77,10 @@ def test_a_kept_run_is_not_replaced_by_another_experiment(tmp_path):
     with pytest.raises(StudyError, match="already with another epochs"):
         gather(str(tmp_path / "c"), tmp_path / "results", keep=True)
     assert (tmp_path / "results" / "runs.json").read_bytes() == before
+
+
+def test_models_that_write_the_same_page_follow_each_other_in_it(tmp_path):
+    for run_dir, arch in (("a", "resnet18"), ("b", "resnet34")):
+        save_record(str(tmp_path / run_dir), f"13_x-{arch}", {}, None, {}, pages={"time.md": f"of {arch}"})
+        gather(str(tmp_path / run_dir), tmp_path / "results", keep=True)
+    assert (tmp_path / "results" / "time.md").read_text() == "of resnet18\n\nof resnet34\n"
