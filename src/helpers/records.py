@@ -224,7 +224,7 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
     for path in paths:
         try:
             record = json.loads(path.read_text())
-            runs[record["run_id"]] = record["run"] | {"pages": record["pages"]}
+            runs[record["run_id"]] = record["run"] | {"pages": record.get("pages", {})}
             for table, rows in record["tables"].items():
                 tables[table] += rows
         except (ValueError, KeyError) as error:
