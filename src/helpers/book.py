@@ -45,11 +45,16 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
         if cell.cell_type == "markdown":
             cell.source = BADGE.sub(r"[\g<text>](\g<link>)", cell.source)
         else:
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            cell.outputs = [output for output in cell.outputs if not _of_widgets(output)]
     for leftover in ("papermill", "widgets"):
         notebook.metadata.pop(leftover, None)
     chapter.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, chapter)
+
+
+def _of_widgets(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is a progress bar that needs a widget library, or a complaint that there is none."""
+    return WIDGET in output.get("data", {}) or "IProgress not found" in output.get("text", "")
 
 
 def copy_unexecuted(notebook: str, chapters: Path) -> None:
@@ -124,10 +129,17 @@ def publish(profile: str, published: Path = PAGES, readme: Path = Path("README.m
     page = published_book(published=published)
     found = page.parents[2] / "results"
     shutil.copy(found / "overview.png", published / "results" / "overview.png")
-    headline = (found / "headline.md").read_text().strip()
+    text = whats_found(found)
     with whole_file(readme) as aside:
-        aside.write_text(FOUND.sub(lambda match: f"{match[1]}\n{headline}\n{match[2]}", readme.read_text()))
+        aside.write_text(FOUND.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", readme.read_text()))
     return page
+
+
+def whats_found(results: Path) -> str:
+    """Markdown for the first screen of the README: which rows to take, a picture of all, and whether QAT pays."""
+    headline, qat = ((results / name).read_text().strip() for name in ("headline.md", "qat.md"))
+    picture = "![Accuracy against latency of the arms in each runtime; larger points are larger files](book/results/overview.png)"
+    return f"{headline}\n\n{picture}\n\nDoes QAT beat PTQ of an FP32 model that trained equally long?\n\n{qat}"
 
 
 def published_book(run: Path = Path("runs/published"), published: Path = PAGES) -> Path:
