@@ -110,8 +110,8 @@ def test_the_cluster_path_of_snakemake_runs_the_same_file(smoke):
     before = record.stat().st_mtime_ns
     command = ["--executor", "cluster-generic", "--cluster-generic-submit-cmd", "bash", "--jobs", "1", "--cores", "1"]
     done = run(
-        *(sys.executable, "-m", "snakemake", *command, "--nolock", "--latency-wait", "2", "--forcerun", "ptq"),
-        *("--until", "ptq", "--config", "profile=smoke"),
+        *(sys.executable, "-m", "snakemake", *command, "--nolock", "--latency-wait", "2", "--forcerun", "02_ptq"),
+        *("--until", "02_ptq", "--config", "profile=smoke"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert record.stat().st_mtime_ns > before
