@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.files import StudyError
-from helpers.models import BottleneckWithoutSecondReLU, calibrate
+from helpers.models import BottleneckWithoutSecondReLU, calibrate, run_hooked
 
 # Announced years ahead and still in torch 2.14; the study measures this path because the reference study took it.
 warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
@@ -281,13 +281,10 @@ def activation_report(simulated: nn.Module, images: Tensor) -> list[dict[str, fl
 
     enabled = [name for name, quantizer in quantizers.items() if quantizer.fake_quant_enabled[0]]
     quantize_only(simulated, [])
-    hooks = [quantizer.register_forward_hook(look(layer)) for layer, quantizer in quantizers.items()]
     try:
-        with torch.inference_mode():
-            simulated(images)
+        hooks = (quantizer.register_forward_hook(look(layer)) for layer, quantizer in quantizers.items())
+        run_hooked(simulated, images, hooks)
     finally:
-        for hook in hooks:
-            hook.remove()
         quantize_only(simulated, enabled)
     return list(rows.values())
 
@@ -316,11 +313,5 @@ def _outputs(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Te
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        with torch.inference_mode():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_hooked(model, images, (model.get_submodule(name).register_forward_hook(keep(name)) for name in names))
     return outputs

@@ -4,7 +4,7 @@ Called by notebooks, `quantization` and `runtimes`; calls no other helper but `f
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torchvision.models import quantization as quantizable
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -197,6 +198,17 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise StudyError(
             f"{path} does not fit the model ({str(error).splitlines()[0]}); delete it and make it again."
         ) from error
+
+
+def run_hooked(model: nn.Module, images: Tensor, hooks: Iterable[RemovableHandle]) -> None:
+    """Run `model` on images, float32 [N, 3, H, W], for what its hooks see; they are taken off again, also if it fails."""
+    hooks = list(hooks)
+    try:
+        with torch.inference_mode():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def calibrate(prepared: nn.Module, images: Tensor, batch_size: int = 128) -> None:

@@ -51,6 +51,15 @@ PARAMETERS: dict[str, Any] = {
     "control_images": Positive,
     "archs": Annotated[list[Arch], Field(min_length=1)],
 }
+# No other notebook needs the results of these, so a profile may leave them out where they take too long.
+OPTIONAL = (
+    "11_dead_taps",
+    "12_runtimes",
+    "13_where_time_goes",
+    "14_calibration",
+    "15_bit_widths",
+    "16_what_accuracy_hides",
+)
 NOTEBOOKS = (
     "01_train",
     "02_ptq",
@@ -62,22 +71,8 @@ NOTEBOOKS = (
     "08_qat_or_longer",
     "09_ptq_collapse",
     "10_jpeg_copy",
-    "11_dead_taps",
-    "12_runtimes",
-    "13_where_time_goes",
-    "14_calibration",
-    "15_bit_widths",
-    "16_what_accuracy_hides",
+    *OPTIONAL,
     "17_decide",
-)
-# No other notebook needs their results, so a profile may leave them out where they take too long.
-OPTIONAL = (
-    "11_dead_taps",
-    "12_runtimes",
-    "13_where_time_goes",
-    "14_calibration",
-    "15_bit_widths",
-    "16_what_accuracy_hides",
 )
 # These read the records of all others, and train or time nothing.
 READERS = ("07_analysis", "08_qat_or_longer", "17_decide")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from helpers import quantization
 from helpers.files import StudyError
-from helpers.models import Predictor, live_taps
+from helpers.models import Predictor, live_taps, run_hooked
 from helpers.runtimes import compile_openvino
 
 # The library under torch's profiler looks for GPUs, and says at every start that there are none; this is about CPUs.
@@ -56,13 +56,8 @@ def layer_costs(model: nn.Module, input_size: int) -> list[dict[str, Any]]:
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     if not layers:
         raise StudyError("The model has no float convolution or linear layer to count; give it before it is quantized.")
-    hooks = [module.register_forward_hook(count(name)) for name, module in layers]
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, input_size, input_size))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    image = torch.zeros(1, 3, input_size, input_size)
+    run_hooked(model.eval(), image, (module.register_forward_hook(count(name)) for name, module in layers))
     return rows
 
 
