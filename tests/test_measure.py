@@ -1,3 +1,5 @@
+import hashlib
+import threading
 import time
 
 import numpy as np
@@ -25,6 +27,23 @@ def test_every_candidate_is_timed_in_every_round_and_the_slower_one_is_slower():
     assert np.median(times["slow"]) > 2 * np.median(times["fast"])
     with pytest.raises(ValueError, match="at least one"):
         time_interleaved({}, np.zeros(1), 5, 0)
+
+
+def test_threads_that_spin_after_a_call_do_not_disturb_the_next_candidate():
+    spinning: list[threading.Thread] = []
+
+    def spins(batch):
+        spinning.append(threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 50_000)))
+        spinning[-1].start()
+        return batch
+
+    def next_one(batch):
+        disturbed.append(any(thread.is_alive() for thread in spinning))
+        return batch
+
+    disturbed: list[bool] = []
+    time_interleaved({"next": next_one, "spins": spins}, np.zeros(1), 5, 0, settle_s=0)
+    assert len(spinning) > 5 and not any(disturbed[1:])  # the first call compiles, before any clock starts
 
 
 def test_summary_by_hand():

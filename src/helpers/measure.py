@@ -17,14 +17,15 @@ def time_interleaved(
     batch: np.ndarray,
     rounds: int,
     seed: int,
-    settle_s: float = 0.005,
+    settle_s: float = 0.02,
     turns: Callable[[range], Iterable[int]] = iter,
 ) -> dict[Name, np.ndarray]:
     """Time one call per round of every predictor on `batch`; returns name -> milliseconds, float64 [rounds].
 
     Slow drift of the machine (clock, neighbours) then hits all candidates alike. Each round visits them in a new order drawn
-    from `seed`. Compilation is over before the clock starts, and before each timed call the predictor runs untimed for at
-    least `settle_s` seconds: thread pools of the previous candidate have gone to sleep and the caches hold this one.
+    from `seed`. Compilation is over before the clock starts. Before a candidate's turn the threads that the previous one left
+    spinning (ONNX Runtime's do so for some 40 ms) have gone to sleep, and it runs untimed for at least `settle_s` seconds, so
+    that its own threads are awake and the caches hold its weights.
     turns: wraps the range of rounds, for a progress bar. Raises ValueError if rounds < 1 or there are no predictors.
     """
     if rounds < 1 or not predictors:
@@ -37,6 +38,7 @@ def time_interleaved(
     for turn in turns(range(rounds)):
         for index in generator.permutation(len(names)):
             predictor = predictors[names[index]]
+            _wait_until_idle()
             settled = time.perf_counter() + settle_s
             while True:
                 predictor(batch)
@@ -46,6 +48,23 @@ def time_interleaved(
             predictor(batch)
             times[names[index]][turn] = 1e3 * (time.perf_counter() - started)
     return times
+
+
+def _wait_until_idle(limit_s: float = 1.0) -> None:
+    """Sleep until this process uses less than a fifth of a core, at most `limit_s` seconds."""
+    given_up = time.perf_counter() + limit_s
+    while time.perf_counter() < given_up:
+        slept, used = time.perf_counter(), time.process_time()
+        time.sleep(0.01)  # two ticks of the kernel that counts the time used
+        if time.process_time() - used < 0.2 * (time.perf_counter() - slept):
+            return
+
+
+def seconds_of(call: Callable[..., object], *arguments: object) -> float:
+    """Seconds that one call takes; what it returns is dropped."""
+    started = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - started
 
 
 def summarise(times_ms: np.ndarray) -> dict[str, float]:

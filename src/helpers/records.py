@@ -301,3 +301,10 @@ def read_predictions(results: Path, run_id: str) -> dict[str, np.ndarray]:
     """Read the predicted classes of one run: `prediction_key` -> uint8 [n]."""
     with np.load(Path(results) / "predictions" / f"{run_id}.npz") as stored:
         return dict(stored)
+
+
+def right_answers(results: Path, row: Mapping[str, Any]) -> np.ndarray:
+    """Which test images one row of accuracy.csv got right: bool [n], in the order of the test images."""
+    predicted = read_predictions(results, row["run_id"])[prediction_key(row["arm"], row["runtime"], row["engine"])]
+    truth = read_predictions(results, run_name("01_train", row["arch"], row["recipe"], row["seed"]))["truth"]
+    return predicted == truth

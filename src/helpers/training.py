@@ -108,7 +108,7 @@ def fit(
     the result is safe. before_step(model, done): called before every step, `done` the finished part of the training in
     [0, 1); a change that it makes at some point must hold from there on, because a resumed training starts at an epoch.
     Rows have epoch (from 1), lr (at the end of the epoch), train_loss, val_accuracy in [0, 1], seconds (of training,
-    validation left out) and images_per_second. Raises StudyError when the loss is no longer finite.
+    validation left out) and images_per_second. Raises StudyError when the loss or a weight is no longer finite.
     """
     precision = resolve_precision(precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -197,11 +197,19 @@ def _train_epoch(
             scheduler.step()
         total += loss.detach()
     mean = float(total) / steps
-    if not np.isfinite(mean):
+    # The last step can spoil weights, or batch norm's running statistics, after a loss that was still a number. Ranges of
+    # observers are left out: infinite means not seen yet.
+    learned = {name: t for name, t in model.state_dict().items() if name.split(".")[-1] in _LEARNED}
+    spoilt = sum(not tensor.isfinite().all() for tensor in learned.values())
+    if spoilt or not np.isfinite(mean):
         raise StudyError(
-            f"{label}: the loss is {mean} in epoch {epoch + 1}; the training diverged, lower the learning rate."
+            f"{label}: the training diverged in epoch {epoch + 1} (loss {mean:.3g}, {spoilt} of {len(learned)} tensors are "
+            "not finite); lower the learning rate."
         )
     return mean
+
+
+_LEARNED = ("weight", "bias", "running_mean", "running_var")
 
 
 def _fit_key(model: nn.Module, dataset: Dataset, recipe: Recipe, epochs: int, seed: int, precision: str) -> str:
