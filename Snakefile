@@ -73,8 +73,8 @@ TRAINED, SERVED, TIMED = PROFILE.trained(), PROFILE.served(), PROFILE.timed()
 PLANNED = {
     **dict.fromkeys(("01_train", "02_ptq", "03_qat"), TRAINED),
     **dict.fromkeys(("04_jit", "05_onnx_openvino"), SERVED),
-    **dict.fromkeys(("11_dead_taps", "12_runtimes", "13_where_time_goes", "06_benchmark"), TIMED),
-    **dict.fromkeys(("10_jpeg_copy", "14_calibration", "15_bit_widths", "16_what_accuracy_hides"), [FIRST]),
+    **dict.fromkeys(("06_benchmark", "11_dead_taps", "12_runtimes", "13_where_time_goes", "14_calibration"), TIMED),
+    **dict.fromkeys(("10_jpeg_copy", "15_bit_widths", "16_what_accuracy_hides"), [FIRST]),
 }
 MODELS = {notebook: [model for model in models if PROFILE.runs(notebook, model)] for notebook, models in PLANNED.items()}
 TRAINS = ("01_train", "03_qat", "12_runtimes", "15_bit_widths")
