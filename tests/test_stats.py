@@ -6,8 +6,10 @@ from helpers.stats import (
     difference_interval,
     expected_calibration_error,
     mcnemar_exact,
+    on_common_seeds,
     paired_bootstrap,
     seeds_interval,
+    shown_faster,
     wilson_interval,
 )
 
@@ -35,11 +37,39 @@ def test_seeds_interval_by_hand():
         seeds_interval(np.array([1.0]))
 
 
-def test_an_accuracy_s_interval_is_wilson_s_for_one_seed_and_student_s_for_more():
-    assert accuracy_interval(np.array([8]), 10) == wilson_interval(8, 10)
-    assert accuracy_interval(np.array([7, 8, 9]), 10) == seeds_interval(np.array([0.7, 0.8, 0.9]))
-    with pytest.raises(ValueError, match="at least two"):
-        accuracy_interval(np.array([]), 10)
+def test_seeds_that_agree_do_not_make_an_accuracy_more_precise_than_its_images():
+    answers = np.stack([np.arange(10_000) < correct for correct in (8014, 8016, 8012)])
+    one = accuracy_interval(answers[:1])
+    assert one == wilson_interval(8014, 10_000)
+    low, high = accuracy_interval(answers)
+    assert low <= one[0] and high >= one[1] and high - low < 0.017  # Student's alone: 0.001 wide
+
+
+def test_seeds_that_disagree_make_an_accuracy_less_precise():
+    answers = np.stack([np.arange(10_000) < correct for correct in (7800, 8000, 8200)])
+    assert accuracy_interval(answers) == pytest.approx(seeds_interval(np.array([0.78, 0.80, 0.82])))
+    # A model that is always right leaves nothing to resample, and no interval leaves the scale.
+    low, high = accuracy_interval(np.ones((2, 50), bool))
+    assert low == pytest.approx(wilson_interval(50, 50)[0]) and high == 1
+    with pytest.raises(ValueError, match=r"\[seeds, n\]"):
+        accuracy_interval(np.empty((0, 10), bool))
+
+
+def test_two_arms_are_compared_on_the_seeds_that_both_have():
+    zero, one, two = (np.array([number == 0, number == 1, number == 2]) for number in range(3))
+    first, second = on_common_seeds({2: two, 0: zero, 1: one}, {1: zero, 2: one, 3: two})
+    assert first.tolist() == [one.tolist(), two.tolist()] and second.tolist() == [zero.tolist(), one.tolist()]
+    with pytest.raises(ValueError, match="none in common"):
+        on_common_seeds({0: zero}, {1: zero})
+
+
+def test_a_row_is_faster_by_its_interval_or_where_there_is_none_by_its_p90():
+    def row(median, p90, low=np.nan, high=np.nan):
+        return {"median_ms": median, "p90_ms": p90, "speedup_low": low, "speedup_high": high}
+
+    assert shown_faster(row(1.0, 1.5, 9.8, 10.2), row(1.1, 1.6, 9.0, 9.7))
+    assert not shown_faster(row(1.0, 1.05, 9.8, 10.2), row(1.1, 1.6, 9.0, 9.8))
+    assert not shown_faster(row(1.0, 1.5), row(1.1, 1.6, 9.0, 9.7)) and shown_faster(row(1.0, 1.05), row(1.1, 1.6))
 
 
 def test_paired_bootstrap_covers_the_difference_and_knows_pairs():

@@ -303,8 +303,14 @@ def read_predictions(results: Path, run_id: str) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-def right_answers(results: Path, row: Mapping[str, Any]) -> np.ndarray:
-    """Which test images one row of accuracy.csv got right: bool [n], in the order of the test images."""
-    predicted = read_predictions(results, row["run_id"])[prediction_key(row["arm"], row["runtime"], row["engine"])]
-    truth = read_predictions(results, run_name("01_train", row["arch"], row["recipe"], row["seed"]))["truth"]
-    return predicted == truth
+def right_answers(results: Path, rows: pd.DataFrame) -> dict[int, np.ndarray]:
+    """Which test images one arm got right: training seed -> bool [n], in the order of the test images.
+
+    rows: rows of accuracy.csv, one a seed, of one arm in one runtime.
+    """
+    right = {}
+    for row in rows.sort_values("seed").to_dict("records"):
+        predicted = read_predictions(results, row["run_id"])[prediction_key(row["arm"], row["runtime"], row["engine"])]
+        truth = read_predictions(results, run_name("01_train", row["arch"], row["recipe"], row["seed"]))["truth"]
+        right[row["seed"]] = predicted == truth
+    return right

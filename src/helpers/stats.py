@@ -1,4 +1,6 @@
-"""Intervals and paired tests: pure functions of counts and arrays."""
+"""Intervals and paired tests: pure functions of counts, arrays and frames' rows."""
+
+from collections.abc import Mapping
 
 import numpy as np
 from scipy.stats import binomtest, t
@@ -29,17 +31,6 @@ def seeds_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float,
     return float(mean - half), float(mean + half)
 
 
-def accuracy_interval(correct: np.ndarray, n: int) -> tuple[float, float]:
-    """Interval at 95 % for the accuracy of one arm: Wilson's for one training seed, Student's over the seeds for more.
-
-    correct: counts [seeds], right answers of each seed on `n` images. Returns (low, high), fractions; Student's may leave
-    [0, 1]. Raises ValueError if the counts contradict each other or there are none.
-    """
-    if len(correct) == 1:
-        return wilson_interval(int(correct[0]), n)
-    return seeds_interval(np.asarray(correct) / n)
-
-
 def mcnemar_exact(first_correct: np.ndarray, second_correct: np.ndarray) -> float:
     """Two-sided exact p-value that two models err equally often on the same images.
 
@@ -67,13 +58,13 @@ def paired_bootstrap(
     """
     if first_correct.shape != second_correct.shape or first_correct.ndim != 2:
         raise ValueError(f"shapes {first_correct.shape} and {second_correct.shape}: both must be [seeds, n]")
-    difference = first_correct.astype(np.float64) - second_correct
-    seeds, n = difference.shape
+    seeds, n = first_correct.shape
+    # Images on which every seed differs alike are interchangeable: it is enough to draw how many there are of each kind.
+    kinds, images = np.unique(first_correct.astype(np.int8) - second_correct, axis=1, return_counts=True)
     generator = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for draw in range(draws):
-        chosen = difference[generator.integers(0, seeds, seeds)].mean(0)
-        means[draw] = chosen @ generator.multinomial(n, np.full(n, 1 / n)) / n
+    of_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
+    of_kind = generator.multinomial(n, images / n, draws) / n
+    means = ((of_seed @ kinds) * of_kind).sum(1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
@@ -99,6 +90,46 @@ def difference_interval(
         student = seeds_interval(by_seed, confidence)
         low, high = min(low, student[0]), max(high, student[1])
     return low, high
+
+
+def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
+    """Interval at 95 % for the mean accuracy of one arm over its training seeds: it covers the images, and the seeds too.
+
+    correct: bool [seeds, n], the right answers of each seed on the same images. With one seed Wilson's interval, which
+    covers the images only; with more, what covers that of the mean and `difference_interval` to a model that is never
+    right. Seeds share their images, so no number of seeds makes up for few images. Returns (low, high), fractions in
+    [0, 1]. Raises ValueError without a seed or an image.
+    """
+    if correct.ndim != 2 or not correct.size:
+        raise ValueError(f"shape {correct.shape}: it must be [seeds, n], with a seed and an image at least")
+    low, high = wilson_interval(round(correct.sum(1).mean()), correct.shape[1])
+    if len(correct) > 1:
+        over_both = difference_interval(correct, np.zeros_like(correct), seed=0)
+        low, high = max(0.0, min(low, over_both[0])), min(1.0, max(high, over_both[1]))
+    return low, high
+
+
+def on_common_seeds(first: Mapping[int, np.ndarray], second: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The right answers of two arms on the training seeds that both have, for a paired comparison.
+
+    first, second: training seed -> bool [n], on the same images. Returns two arrays, bool [seeds, n], in the order of the
+    seeds. Raises ValueError if no seed is common.
+    """
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        raise ValueError(f"seeds {sorted(first)} and {sorted(second)} have none in common")
+    return np.stack([first[seed] for seed in seeds]), np.stack([second[seed] for seed in seeds])
+
+
+def shown_faster(first: Mapping[str, float], second: Mapping[str, float]) -> bool:
+    """Whether the first of two rows of latency.csv, timed in one process, is shown to be faster than the second.
+
+    It is if the 95 % interval of its speed-up, `speedup_low` to `speedup_high`, lies above that of the second; where either
+    has none (NaN), if its `p90_ms` is below the `median_ms` of the second. Rows of which neither is shown to be faster tie.
+    """
+    if np.isfinite([first["speedup_low"], second["speedup_high"]]).all():
+        return bool(first["speedup_low"] > second["speedup_high"])
+    return bool(first["p90_ms"] < second["median_ms"])
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
