@@ -12,7 +12,7 @@ from helpers.data import load_data
 from helpers.files import StudyError
 from helpers.models import build_model
 from helpers.quantization import freeze_batch_norm, freeze_observers, fuse_for_qat, prepare_qat
-from helpers.training import RECIPES, Recipe, evaluate, fit, resolve_precision
+from helpers.training import Recipe, evaluate, fit, resolve_precision
 
 SCRIPT = """
 import sys
@@ -111,7 +111,18 @@ def test_evaluate_counts_a_short_last_batch_once():
     assert (result.correct, result.n, result.accuracy) == (100, 100, 1.0)
 
 
-def test_recipes_say_what_the_reference_study_did():
-    assert RECIPES["documented"]["first"].learning_rate == 1e-3 and RECIPES["as_run"]["first"].learning_rate == 0.1
-    with pytest.raises(StudyError, match="precision is 'fp8'"):
+def test_an_unknown_precision_ends_in_a_sentence():
+    with pytest.raises(StudyError, match="precision is 'fp8'; allowed are auto, fp32, bf16"):
         resolve_precision("fp8")
+
+
+def test_a_checkpoint_that_a_gpu_wrote_is_taken_up_without_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    dataset, recipe = load_data("digits", limit=64), Recipe(learning_rate=0.01, momentum=0.9)
+    with monkeypatch.context() as gpu:
+        gpu.setattr(
+            "torch.serialization.location_tag", lambda _: "cuda:0"
+        )  # what a file says of where its tensors were
+        first = fit(build_model("resnet18"), dataset, recipe, 1, 0, tmp_path / "c.pt")
+    assert fit(build_model("resnet18"), dataset, recipe, 1, 0, tmp_path / "c.pt") == first
+    assert "going on after epoch 1" in capsys.readouterr().out

@@ -6,16 +6,16 @@ Called by notebooks; calls `data`, `models` (for the predictor), `progress` and 
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import cpuinfo
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from helpers.data import Dataset, Split, augment
 from helpers.files import StudyError, whole_file
@@ -85,7 +85,7 @@ def resolve_precision(precision: str) -> str:
     if precision != "auto":
         return precision
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if {"avx512_bf16", "amx_bf16"} & set(cpuinfo.get_cpu_info().get("flags", [])) else "fp32"
 
 
@@ -114,8 +114,8 @@ def fit(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     key = _fit_key(model, dataset, recipe, epochs, seed, precision)
     model.to(device, memory_format=torch.channels_last)
-    images, labels = dataset.train.images.to(device), dataset.train.labels.to(device)
-    steps = max(1, len(labels) // recipe.batch_size)
+    split = Split(dataset.train.images.to(device), dataset.train.labels.to(device))
+    steps = max(1, len(split) // recipe.batch_size)
     optimizer = torch.optim.SGD(
         model.parameters(),
         recipe.learning_rate,
@@ -131,11 +131,15 @@ def fit(
 
     for epoch in range(len(history), epochs):
         started = time.perf_counter()
-        loss = _train_epoch(
-            *(model, dataset, images, labels, steps, optimizer, scheduler, seed, epoch, precision, recipe, label),
-            partial(before_step, model) if before_step else None,
-            epochs,
-        )
+        batches = _batches(dataset, split, recipe.batch_size, steps, seed, epoch)
+        batches = progress(batches, f"{label} epoch {epoch + 1}", steps)
+
+        def announce(step: int, epoch: int = epoch) -> None:
+            if before_step is not None:
+                before_step(model, (epoch + step / steps) / epochs)
+
+        loss = _train_epoch(model, batches, optimizer, scheduler, precision, announce)
+        _check_finite(model, loss, f"{label}: the training diverged in epoch {epoch + 1}")
         seconds = time.perf_counter() - started
         validation = evaluate(module_predictor(model), dataset, dataset.validation)
         history.append(
@@ -145,7 +149,7 @@ def fit(
                 "train_loss": loss,
                 "val_accuracy": validation.accuracy,
                 "seconds": seconds,
-                "images_per_second": steps * min(recipe.batch_size, len(labels)) / seconds,
+                "images_per_second": steps * min(recipe.batch_size, len(split)) / seconds,
             }
         )
         with whole_file(checkpoint) as aside:
@@ -160,53 +164,54 @@ def fit(
     return history
 
 
+def _batches(
+    dataset: Dataset, split: Split, batch_size: int, steps: int, seed: int, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images, augmented and normalised, and labels of one pass over `split`; the last incomplete batch is left out."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    order = torch.randperm(len(split), generator=generator).to(split.images.device)
+    for chosen in order.split(batch_size)[:steps]:
+        images = dataset.normalise(augment(split.images[chosen], generator, dataset.flip))
+        yield images.contiguous(memory_format=torch.channels_last), split.labels[chosen]
+
+
 def _train_epoch(
-    model,
-    dataset,
-    images,
-    labels,
-    steps,
-    optimizer,
-    scheduler,
-    seed,
-    epoch,
-    precision,
-    recipe,
-    label,
-    before_step,
-    epochs,
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    precision: str,
+    before_step: Callable[[int], None],
 ) -> float:
-    """One pass; the last incomplete batch is left out. Returns the mean loss."""
+    """One pass over `batches`; before_step is told the number of each, from 0. Returns the mean loss."""
     model.train()
     criterion = nn.CrossEntropyLoss()
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    order = torch.randperm(len(labels), generator=generator).to(images.device)
-    autocast = torch.autocast(images.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    total = torch.zeros((), device=images.device)
-    for step in progress(range(steps), f"{label} epoch {epoch + 1}"):
-        if before_step is not None:
-            before_step((epoch + step / steps) / epochs)
-        chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        batch = dataset.normalise(augment(images[chosen], generator, dataset.flip))
-        with autocast:
-            loss = criterion(model(batch.contiguous(memory_format=torch.channels_last)), labels[chosen])
+    total, steps = 0.0, 0
+    for images, labels in batches:
+        before_step(steps)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = criterion(model(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        total += loss.detach()
-    mean = float(total) / steps
-    # The last step can spoil weights, or batch norm's running statistics, after a loss that was still a number. Ranges of
-    # observers are left out: infinite means not seen yet.
-    learned = {name: t for name, t in model.state_dict().items() if name.split(".")[-1] in _LEARNED}
-    spoilt = sum(not tensor.isfinite().all() for tensor in learned.values())
-    if spoilt or not np.isfinite(mean):
+        total, steps = total + loss.detach(), steps + 1
+    return float(total) / steps
+
+
+def _check_finite(model: nn.Module, loss: float, complaint: str) -> None:
+    """Raise StudyError, beginning with `complaint`, when the loss or a learned tensor is no longer finite.
+
+    The last step can spoil weights, or batch norm's running statistics, after a loss that was still a number. Ranges of
+    observers are left out: infinite means not seen yet.
+    """
+    learned = [tensor for name, tensor in model.state_dict().items() if name.split(".")[-1] in _LEARNED]
+    spoilt = sum(not tensor.isfinite().all() for tensor in learned)
+    if spoilt or not np.isfinite(loss):
         raise StudyError(
-            f"{label}: the training diverged in epoch {epoch + 1} (loss {mean:.3g}, {spoilt} of {len(learned)} tensors are "
-            "not finite); lower the learning rate."
+            f"{complaint} (loss {loss:.3g}, {spoilt} of {len(learned)} tensors are not finite); lower the learning rate."
         )
-    return mean
 
 
 _LEARNED = ("weight", "bias", "running_mean", "running_var")
@@ -236,7 +241,7 @@ def _resume(checkpoint: Path, key: str, parts: dict) -> list[dict[str, float]]:
     if not checkpoint.exists():
         return []
     try:
-        stored = torch.load(checkpoint, weights_only=True)
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)  # a GPU may have written it
         same = stored["key"] == key
     except Exception as error:  # whatever the damaged file makes the reader raise
         raise StudyError(
