@@ -15,7 +15,7 @@ from helpers.models import (
     save_weights,
     trim_dead_taps,
 )
-from helpers.quantization import fuse
+from helpers.quantization import count_fake_quantize, fuse, fuse_for_qat, prepare_qat
 
 MILLIONS = {"resnet18": 11.18, "resnet34": 21.29, "resnet50": 23.53}
 
@@ -101,3 +101,26 @@ def test_a_trimmed_resnet_is_far_smaller_and_answers_alike(arch):
     assert count_parameters(trim_dead_taps(model, 224)) == count_parameters(model)
     with pytest.raises(StudyError, match="at least 1"):
         trim_dead_taps(model, 0)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_trimming_commutes_with_fusing_and_a_trimmed_model_goes_through_qat(arch):
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = build_model(arch, seed=1).train()
+    model(images)
+    model.eval()
+    fused, trimmed = fuse(model), trim_dead_taps(model, 32)
+    with torch.inference_mode():
+        expected = fused(images)
+        for other in (trim_dead_taps(fused, 32), fuse(trimmed), fuse_for_qat(trimmed).eval()):
+            assert (other(images) - expected).abs().max() < 1e-4 * expected.abs().max()
+    qat = prepare_qat(fuse_for_qat(trimmed))
+    whole = prepare_qat(fuse_for_qat(model))
+    assert count_fake_quantize(qat) == count_fake_quantize(whole) > 0
+    assert count_parameters(qat) == count_parameters(trimmed) < count_parameters(model)
+    before = {name: weights.detach().clone() for name, weights in qat.named_parameters()}
+    optimizer = torch.optim.SGD(qat.parameters(), 0.01)
+    torch.nn.functional.cross_entropy(qat(images), torch.arange(8)).backward()
+    optimizer.step()
+    after = dict(qat.named_parameters())
+    assert all(weights.isfinite().all() and not torch.equal(before[name], weights) for name, weights in after.items())
