@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from helpers.parameters import load_profile
+from helpers.parameters import LEFT_OUT, load_profile
 
 NAME = config.get("profile", "quick")
 PROFILE = load_profile(NAME)
@@ -61,13 +61,19 @@ NEEDS = {
     "02_ptq": ["01_train"],
     "03_qat": ["01_train"],
     "04_jit": ["02_ptq", "03_qat"],
-    "05_onnx_openvino": ["02_ptq", "03_qat"],
+    "05_onnx_openvino": ["01_train", "02_ptq", "03_qat"],
     "10_jpeg_copy": ["02_ptq"],
     "11_dead_taps": ["02_ptq", "03_qat"],
     "12_runtimes": ["05_onnx_openvino"],
     "14_calibration": ["01_train"],
     "15_bit_widths": ["03_qat"],
     "16_what_accuracy_hides": ["04_jit", "05_onnx_openvino"],
+}
+# What is left out where PyTorch has no eager-mode INT8 is not needed either.
+NEEDS = {
+    notebook: [other for other in needed if other not in LEFT_OUT]
+    for notebook, needed in NEEDS.items()
+    if notebook not in LEFT_OUT
 }
 TRAINED, SERVED, TIMED = PROFILE.trained(), PROFILE.served(), PROFILE.timed()
 PLANNED = {
@@ -127,7 +133,7 @@ for notebook in ("06_benchmark", "13_where_time_goes"):
             notebook
         input:
             [records(other, MODELS[other]) for other in NEEDS],
-            COLLAPSE,
+            [] if "09_ptq_collapse" in LEFT_OUT else [COLLAPSE],
             notebook=f"notebooks/{notebook}.ipynb",
         output:
             update(RECORD.format(notebook=notebook)),
@@ -144,6 +150,7 @@ for notebook in ("06_benchmark", "13_where_time_goes"):
 
 # These read the records of all others, and write pages of the book.
 PAGES = {"07_analysis": "table1.md", "08_qat_or_longer": "qat.md", "17_decide": "choice.md"}
+PAGES = {notebook: page for notebook, page in PAGES.items() if notebook not in LEFT_OUT}
 for notebook, page in PAGES.items():
 
     rule:

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, papermill, run
 
 from helpers.parameters import NOTEBOOKS
+from helpers.quantization import ENGINES
 from helpers.records import read_results
 from helpers.repository import repository_url, rewrite
 from helpers.runtimes import RUNTIMES
@@ -51,7 +52,7 @@ def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
     assert {"fp32", "ptq", "qat", *accuracy.arm} <= explained and {*accuracy.runtime} <= explained
     refused = tables["exports"][tables["exports"].reason != ""].runtime  # no compiler, no bfloat16
     assert set(RUNTIMES) - {*refused} <= {*accuracy.runtime}
-    assert set(latency.engine) == {"", "fbgemm", "x86"}
+    assert set(latency.engine) == {"", *ENGINES}
     assert (latency[(latency.arm == "fp32") & (latency.runtime == "eager")].speedup == 1).all()
     assert accuracy.ci_low.le(accuracy.accuracy).all() and accuracy.ci_high.ge(accuracy.accuracy).all()
     assert (accuracy.correct / accuracy.n == accuracy.accuracy).all()
@@ -169,16 +170,31 @@ builtins.__import__ = without
 """
 
 
-def test_when_torch_ao_is_gone_legacy_rows_are_left_out_with_a_sentence(tmp_path):
-    """What eager.py imports is taken away, as a later torch would; the benchmark times what is left."""
+LITTLE = """
+models: [{archs: [resnet18], recipes: [tuned], seeds: [0], leave_out: [12_runtimes]}]
+common: {data: digits, limit: 64}
+notebooks: {01_train: {epochs: 1}, 05_onnx_openvino: {calibration_images: 16}, 06_benchmark: {rounds: 2, app_seconds: 1}}
+"""
+
+
+def test_when_torch_ao_is_gone_the_study_runs_without_its_legacy_rows_and_says_so(tmp_path):
+    """What eager.py imports is taken away, as a later torch would; a copy of the study trains, times and compares what is left."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH_AO)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    run_dir, small = ["-r", "run_dir", tmp_path / "run"], "{limit: 64, rounds: 2, app_seconds: 1}"
-    done = papermill("06_benchmark", tmp_path / "06.ipynb", *run_dir, "-y", small, PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "has no torch.ao.quantization" in (tmp_path / "06.ipynb").read_text()
-    record = json.loads(next((tmp_path / "run" / "records").glob("06_benchmark-*.json")).read_text())
-    rows = {(row["arm"], row["runtime"]) for row in record["tables"]["latency"]}
-    assert rows == {("fp32", "eager"), ("fp32", "onnxruntime"), ("fp32", "openvino"), ("ptq_nncf", "openvino")}
-    refused = papermill("02_ptq", tmp_path / "02.ipynb", *run_dir, PYTHONPATH=path)
-    assert refused.returncode != 0 and "has no torch.ao.quantization" in refused.stderr
+    study = tmp_path / "study"
+    for part in ("notebooks", "profiles", "book"):
+        shutil.copytree(ROOT / part, study / part, ignore=shutil.ignore_patterns("results", "chapters", "_build"))
+    shutil.copy(ROOT / "Snakefile", study)
+    (study / "profiles" / "little.yml").write_text(LITTLE)
+    done = run(sys.executable, "-m", "helpers.study", "little", cwd=study, PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "has no torch.ao.quantization" in done.stdout and "Notebooks left out: 02_ptq, 03_qat" in done.stdout
+    run_dir = study / "runs" / "little"
+    made = {path.stem.split("-")[0] for path in (run_dir / "records").glob("*.json")}
+    assert made == {"01_train", "05_onnx_openvino", "06_benchmark"}
+    latency = read_results(run_dir / "book" / "results")["latency"]
+    rows = {("fp32", "eager"), ("fp32", "onnxruntime"), ("fp32", "openvino"), ("ptq_nncf", "openvino")}
+    assert set(zip(latency.arm, latency.runtime, strict=True)) == rows
+    refused = papermill("02_ptq", tmp_path / "02.ipynb", "-p", "run_dir", tmp_path / "alone", PYTHONPATH=path)
+    assert refused.returncode != 0 and "has no torch.ao.quantization" in refused.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "alone").exists()  # it stops before it trains anything

@@ -1,7 +1,10 @@
+import json
+
 import pytest
 
 from helpers.files import StudyError
 from helpers.parameters import NOTEBOOKS, PARAMETERS, check_parameters, declared_parameters, ensure, load_profile
+from helpers.quantization import ENGINES
 from helpers.records import save_record
 
 ONE = "models: [{archs: [resnet18], recipes: [tuned], seeds: [0]}]"
@@ -79,6 +82,38 @@ def test_a_record_of_other_images_is_not_reused(tmp_path):
     ensure(record, "01_train", {"data": "digits", "limit": 0})
     with pytest.raises(StudyError, match="data is 'cifar10', but .* was made with 'digits'"):
         ensure(record, "01_train", {"data": "cifar10", "limit": 0})
+
+
+def test_a_record_is_made_again_when_its_float_model_was_trained_anew(tmp_path, monkeypatch, capsys):
+    made, settings = [], {"data": "digits", "limit": 0}
+    monkeypatch.setattr("papermill.execute_notebook", lambda source, *_, **__: made.append(source.stem))
+    record = tmp_path / "records" / "02_ptq-resnet18-tuned-s0.json"
+    for minute, run_id in enumerate(["01_train-resnet18-tuned-s0", record.stem, "01_train-resnet18-tuned-s1"]):
+        save_record(str(tmp_path), run_id, settings, None, {})
+        date_record(tmp_path / "records" / f"{run_id}.json", minute)
+    ensure(record, "02_ptq", settings)
+    assert made == []  # another seed's training is nothing to it
+    date_record(tmp_path / "records" / "01_train-resnet18-tuned-s0.json", 3)
+    ensure(record, "02_ptq", settings)
+    assert (
+        made == ["02_ptq"]
+        and "is older than the training in 01_train-resnet18-tuned-s0.json" in capsys.readouterr().out
+    )
+
+
+def date_record(path, minute):
+    record = json.loads(path.read_text())
+    record["run"]["date"] = f"2026-01-01T00:{minute:02d}:00+00:00"
+    path.write_text(json.dumps(record))
+
+
+def test_an_engine_is_one_that_this_pytorch_has_and_without_any_no_work_begins(monkeypatch):
+    given = {"__annotations__": {"engine": str}, "engine": "qnnpack"}
+    with pytest.raises(StudyError, match=f"engine is 'qnnpack'.*{'.*'.join(ENGINES)}"):
+        check_parameters(given)
+    monkeypatch.setattr("helpers.parameters.LEGACY", False)
+    with pytest.raises(StudyError, match="legacy rows .* are left out"):
+        check_parameters(given | {"engine": "fbgemm"})
 
 
 def test_a_block_may_have_parameters_of_its_own_and_leave_a_notebook_out(tmp_path):

@@ -1,14 +1,17 @@
 import copy
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import run
 from torch import nn
 
 from helpers.files import StudyError
 from helpers.models import build_model, save_weights, trim_dead_taps
 from helpers.quantization import (
     ENGINES,
+    QCONFIG_NAMES,
     QCONFIGS,
     WIDTHS,
     WidthHistogramObserver,
@@ -142,6 +145,7 @@ def test_unknown_words_end_in_a_sentence():
         set_engine("mkl")
     with pytest.raises(StudyError, match="qconfig is 'int2'"):
         qconfig_named("int2")
+    assert tuple(QCONFIGS) == QCONFIG_NAMES  # what parameters allow is what there is
 
 
 def test_agreement_by_hand():
@@ -213,3 +217,12 @@ def test_a_range_for_16_levels_rounds_with_less_error_than_one_for_256():
 def test_a_width_that_is_none_ends_in_a_sentence(bits):
     with pytest.raises(StudyError, match="bits is .; allowed are 2 to 8"):
         qconfig_of_width(*bits)
+
+
+def test_without_int8_kernels_for_this_cpu_an_import_ends_in_a_sentence():
+    """As on ARM, where PyTorch has neither engine."""
+    said = run(sys.executable, "-c", NO_ENGINE + "from helpers.quantization import fuse").stderr.splitlines()[-1]
+    assert "StudyError: fuse is not there: torch" in said and "no INT8 kernels for this CPU (fbgemm, x86)" in said
+
+
+NO_ENGINE = "import torch; torch._C._supported_qengines = lambda: [2]; "

@@ -16,7 +16,7 @@ from helpers.data import Dataset, Split, find_cifar10, load_data, load_parquet
 from helpers.files import StudyError
 from helpers.measure import summarise, time_interleaved
 from helpers.models import build_model, save_weights
-from helpers.quantization import ENGINES, QCONFIGS, calibrate, convert, fuse, prepare
+from helpers.quantization import LEGACY, NO_LEGACY
 from helpers.runtimes import convert_to_openvino, export_onnx, export_torchscript, load_predictor, quantize_openvino
 from helpers.training import RECIPES, fit, resolve_precision
 
@@ -101,6 +101,8 @@ def loader_speed(dataset: Dataset) -> float:
 
 def int8_rows(dataset: Dataset, folder: Path) -> dict[str, float]:
     """Median ms of ResNet18 at batch 1 for eager FP32 and every INT8 row; latency does not depend on the weights' values."""
+    from helpers.quantization import ENGINES, QCONFIGS, calibrate, convert, fuse, prepare
+
     model = build_model("resnet18").eval()
     images = dataset.normalise(dataset.train.images[:64])
     fused = fuse(model)
@@ -148,7 +150,9 @@ def main() -> None:
             )
         else:
             print("(c) load of 60,000 images from parquet: not measured, CIFAR10_ROOT names no parquet files")
-        rows = int8_rows(dataset, folder)
+        rows = int8_rows(dataset, folder) if LEGACY else {}
+    if not LEGACY:
+        print(f"(d) INT8 beside eager FP32: not measured, {NO_LEGACY}")
     for name, milliseconds in rows.items():
         print(f"(d) {name:26s} {milliseconds:7.3f} ms, {rows['eager FP32'] / milliseconds:5.1f} x eager FP32")
 

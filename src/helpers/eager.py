@@ -125,7 +125,7 @@ def set_engine(engine: str) -> None:
     Raises StudyError for an engine that is not in ENGINES.
     """
     if engine not in ENGINES:
-        raise StudyError(f"engine is {engine!r}; this machine allows {', '.join(ENGINES) or 'none'}.")
+        raise StudyError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}.")
     torch.backends.quantized.engine = engine
 
 

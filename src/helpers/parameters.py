@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from helpers.data import DATA_NAMES
 from helpers.files import StudyError, check_writable
 from helpers.models import ARCHS
-from helpers.quantization import QCONFIG_NAMES
+from helpers.quantization import ENGINES, LEGACY, NO_LEGACY, QCONFIG_NAMES
 from helpers.training import PRECISIONS, RECIPES
 
 Count = Annotated[int, Field(ge=0)]
@@ -39,7 +39,7 @@ PARAMETERS: dict[str, Any] = {
     "extra_epochs": Count,
     "precision": Literal[*PRECISIONS],
     "qconfig": Literal[*QCONFIG_NAMES],
-    "engine": Literal["fbgemm", "x86"],  # also where this machine has but one of them
+    "engine": Literal[*ENGINES] if LEGACY else str,  # without any, what needs one says so
     "calibration_images": Positive,
     "calibration_sizes": Annotated[list[Positive], Field(min_length=1)],
     "draws": Positive,
@@ -76,16 +76,24 @@ NOTEBOOKS = (
 )
 # These read the records of all others, and train or time nothing.
 READERS = ("07_analysis", "08_qat_or_longer", "17_decide")
+# These are about eager-mode INT8, and left out where PyTorch has none; the others run with the rows that exist.
+ABOUT_EAGER_INT8 = (
+    *("02_ptq", "03_qat", "04_jit", "08_qat_or_longer", "09_ptq_collapse", "10_jpeg_copy", "11_dead_taps"),
+    *("13_where_time_goes", "14_calibration", "15_bit_widths", "16_what_accuracy_hides"),
+)
+LEFT_OUT = () if LEGACY else ABOUT_EAGER_INT8
 
 
 def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Check the parameters of the running notebook and return them by name.
 
     namespace: the notebook's `globals()`. Its annotated names are the declared parameters; what papermill injected must be
-    among them. Raises StudyError for an unknown name, a wrong type, a value that is not allowed or a run_dir that cannot be
-    written.
+    among them. Raises StudyError for an unknown name, a wrong type, a value that is not allowed, a run_dir that cannot be
+    written, or an INT8 engine where PyTorch has none.
     """
     declared = list(namespace["__annotations__"])
+    if "engine" in declared and not LEGACY:
+        raise StudyError(NO_LEGACY)
     injected = [name for cell in namespace.get("In", []) if cell.startswith("# Parameters") for name in _assigned(cell)]
     _no_others(injected, declared, "this notebook")
     values = _checked({name: namespace[name] for name in declared}, "")
@@ -165,8 +173,9 @@ class Profile(BaseModel):
         return list({model["arch"]: model for model in reversed(self.served())}.values())[::-1]
 
     def runs(self, notebook: str, model: Mapping[str, Any]) -> bool:
-        """Whether this model goes through `notebook`; the first block that has it says so."""
-        return not any(notebook in block.leave_out for block in [b for b in self.models if model in b.models()][:1])
+        """Whether this model goes through `notebook`; the first block that has it says so, and LEFT_OUT."""
+        blocks = [block for block in self.models if model in block.models()][:1]
+        return notebook not in LEFT_OUT and not any(notebook in block.leave_out for block in blocks)
 
     def arguments(self, notebook: str, name: str, **chosen: Any) -> dict[str, Any]:
         """The papermill parameters of one run of `notebook` under the profile called `name`; `chosen` wins."""
@@ -212,24 +221,29 @@ def declared_parameters(notebook: str, folder: Path = Path("notebooks")) -> list
 
 
 def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **chosen: Any) -> None:
-    """Run `notebook` if its `record` is missing, with those of `parameters` that it declares, so that any notebook runs alone.
+    """Run `notebook` if its `record` is missing or stale, with those of `parameters` that it declares: any notebook runs alone.
 
-    chosen: parameters that win over `parameters`. The executed notebook is kept beside the record's folder. Raises
-    StudyError when the record is of other images.
+    A record is stale when its float model was trained again afterwards. chosen: parameters that win over `parameters`. The
+    executed notebook is kept beside the record's folder. Raises StudyError when the record is of other images.
     """
     record = Path(record)
+    why = f"{record} is missing"
     if record.exists():
-        made = json.loads(record.read_text())["run"]["parameters"]
+        run = json.loads(record.read_text())["run"]
+        made = run["parameters"]
         for name in ("data", "limit"):
             if name in made and name in parameters and made[name] != parameters[name]:
                 raise StudyError(
                     f"{name} is {parameters[name]!r}, but {record} was made with {made[name]!r}; give another run_dir, "
                     f"or remove {record.parent.parent}."
                 )
-        return
+        training = record.with_name(record.name.replace(notebook, "01_train", 1))
+        if not training.exists() or run["date"] >= json.loads(training.read_text())["run"]["date"]:
+            return
+        why = f"{record} is older than the training in {training.name}"
     import papermill
 
-    print(f"{record} is missing; {notebook} makes it: running it now with the same settings.", flush=True)
+    print(f"{why}; {notebook} makes it: running it now with the same settings.", flush=True)
     declared = declared_parameters(notebook)
     values = {key: value for key, value in {**parameters, **chosen}.items() if key in declared}
     executed = record.parent.parent / "notebooks" / f"{record.stem}.ipynb"

@@ -21,8 +21,9 @@ try:
 except ImportError:
     eager = None  # type: ignore[assignment]
 
-LEGACY = eager is not None
-ENGINES = eager.ENGINES if LEGACY else ()
+# Whose INT8 kernels eager mode and TorchScript can use here. Without any, or without torch.ao, there are no legacy rows.
+ENGINES = () if eager is None else eager.ENGINES
+LEGACY = bool(ENGINES)
 
 # Every rule for quantization parameters by its name: where the range of an activation comes from, and how many of them a
 # layer's weights share. The first is PyTorch's default for x86 CPUs.
@@ -30,14 +31,19 @@ QCONFIG_NAMES = (
     *("histogram_per_channel", "minmax_per_channel", "percentile_per_channel"),
     *("histogram_per_tensor", "minmax_per_tensor", "percentile_per_tensor"),
 )
+_MISSING, _REMEDY = (
+    ("torch.ao.quantization", "install an older torch")
+    if eager is None
+    else ("INT8 kernels for this CPU (fbgemm, x86)", "take an x86-64 CPU with AVX2")
+)
 NO_LEGACY = (
-    f"torch {torch.__version__} has no torch.ao.quantization: the legacy rows (eager-mode INT8, and what is exported from it) "
-    "are left out; for them install an older torch."
+    f"torch {torch.__version__} has no {_MISSING}: the legacy rows (eager-mode INT8, and what is exported from it) are left "
+    f"out; for them {_REMEDY}."
 )
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of `eager`. Raises StudyError when PyTorch has dropped what they stand on, so that an import ends in a sentence."""
+    """The functions of `eager`. Raises StudyError where PyTorch has not what they stand on, so that an import ends in a sentence."""
     if LEGACY or name.startswith("__"):
         return getattr(eager, name)
     raise StudyError(f"{name} is not there: {NO_LEGACY}")

@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from helpers.data import check_available
 from helpers.files import StudyError, check_writable
-from helpers.parameters import load_profile
+from helpers.parameters import LEFT_OUT, load_profile
+from helpers.quantization import NO_LEGACY
 
 SNAKEMAKE = [
     *("--cores", str(os.cpu_count() or 1), "--quiet", "host", "reason", "--keep-going"),
@@ -41,6 +42,8 @@ def run_study(name: str, arguments: list[str]) -> int:
     check_available(profile.common.get("data", "digits"), profile.common.get("data_dir", ""))
     run = Path("runs") / name
     check_writable(run)
+    if LEFT_OUT:
+        print(f"{NO_LEGACY} Notebooks left out: {', '.join(LEFT_OUT)}.", flush=True)
     try:
         with FileLock(run / ".lock", timeout=0):
             started = time.time()
