@@ -100,7 +100,7 @@ def floor_ms(macs: np.ndarray, bytes_: np.ndarray, gmacs: float, gbs: float) -> 
     return 1e3 * np.maximum(np.asarray(macs) / (1e9 * gmacs), np.asarray(bytes_) / (1e9 * gbs))
 
 
-def seconds_of(call: Callable[[], Any], repeats: int) -> np.ndarray:
+def time_calls(call: Callable[[], Any], repeats: int) -> np.ndarray:
     """Seconds that each of `repeats` calls took, float64 [repeats], after two that are not timed."""
     call(), call()
     seconds = np.empty(repeats)
