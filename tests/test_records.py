@@ -3,6 +3,7 @@ import os
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from helpers.files import StudyError, whole_file
@@ -77,6 +78,23 @@ def test_a_kept_run_is_not_replaced_by_another_experiment(tmp_path):
     with pytest.raises(StudyError, match="already with another epochs"):
         gather(str(tmp_path / "c"), tmp_path / "results", keep=True)
     assert (tmp_path / "results" / "runs.json").read_bytes() == before
+
+
+def test_results_of_before_speedups_had_intervals_are_read_and_kept_beside_new_ones(tmp_path):
+    def save(run_dir, arch):
+        row = dict.fromkeys(COLUMNS["latency"], 1.5) | {"arch": arch, "recipe": "tuned", "arm": "ptq", "machine": "x"}
+        row.pop("run_id")
+        save_record(str(run_dir), f"06_benchmark-{arch}", {}, None, {"latency": [row]})
+        gather(str(run_dir), tmp_path / "results", keep=True)
+
+    save(tmp_path / "a", "resnet18")
+    path = tmp_path / "results" / "latency.csv"
+    pd.read_csv(path).drop(columns=["speedup_low", "speedup_high"]).to_csv(path, index=False)
+    assert read_results(tmp_path / "results")["latency"].speedup_low.isna().all()
+    save(tmp_path / "b", "resnet34")
+    latency = read_results(tmp_path / "results")["latency"].set_index("arch")
+    assert latency.speedup_low.isna().to_dict() == {"resnet18": True, "resnet34": False}
+    assert latency.speedup_high["resnet34"] == 1.5 and latency.speedup["resnet18"] == 1.5
 
 
 def test_models_that_write_the_same_page_follow_each_other_in_it(tmp_path):

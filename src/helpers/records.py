@@ -24,8 +24,9 @@ from helpers.files import StudyError, whole_file
 COLUMNS: dict[str, list[str]] = {
     "accuracy": "arch recipe arm runtime engine seed data split n correct accuracy ci_low ci_high run_id".split(),
     "latency": (
-        "arch recipe arm runtime engine threads batch rounds median_ms p90_ms p95_ms cv speedup machine run_id".split()
-    ),
+        "arch recipe arm runtime engine threads batch rounds median_ms p90_ms p95_ms cv speedup speedup_low speedup_high "
+        "machine run_id"
+    ).split(),
     "size": "arch arm runtime parameters weight_bytes artifact_bytes run_id".split(),
     "exports": "arch recipe arm runtime seed export_seconds first_call_ms agreement n reason run_id".split(),
     "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
@@ -36,6 +37,8 @@ COLUMNS: dict[str, list[str]] = {
         "arch recipe seed observer weights images draw data split n correct accuracy seconds run_id".split()
     ),
 }
+# Numbers that a row may lack: speed-ups of before they had intervals, and what a row of exports has none of.
+MAY_BE_MISSING = ("speedup_low", "speedup_high", "export_seconds", "first_call_ms", "agreement")
 VERSIONS_OF = (
     "torch",
     "torchvision",
@@ -198,6 +201,26 @@ def export_row(
     }
 
 
+def profile_row(
+    of: Mapping[str, Any],
+    check: str,
+    setting: str,
+    value: float,
+    unit: str = "",
+    arm: str = "",
+    runtime: str = "",
+    engine: str = "",
+    threads: int = 0,
+    batch: int = 0,
+) -> dict[str, Any]:
+    """One row of profile.csv. of: holds arch and recipe; threads and batch are 0 where they do not apply."""
+    return {
+        **{key: of[key] for key in ("arch", "recipe")},
+        **{"arm": arm, "runtime": runtime, "engine": engine, "threads": threads, "batch": batch},
+        **{"check": check, "setting": setting, "value": float(value), "unit": unit},
+    }
+
+
 def record_rows(run_dir: str, run_id: str, table: str) -> list[dict[str, Any]]:
     """The rows of one table of one record; none if the run has not been made."""
     path = Path(run_dir) / "records" / f"{run_id}.json"
@@ -272,13 +295,18 @@ def _no_other_experiment(before: Mapping[str, Any], now: Mapping[str, Any]) -> N
 
 
 def read_results(results: Path) -> dict[str, pd.DataFrame]:
-    """Read the CSV files that `gather` wrote: table name -> frame. Raises StudyError when one is missing."""
+    """Read the CSV files that `gather` wrote: table name -> frame. Raises StudyError when one is missing.
+
+    A number of MAY_BE_MISSING that is not there is NaN, also where the results are older than its column.
+    """
     frames = {}
     for table, columns in COLUMNS.items():
         path = Path(results) / f"{table}.csv"
         if not path.exists():
             raise StudyError(f"{path} is missing; gather the records of a run first.")
-        frames[table] = pd.read_csv(path, keep_default_na=False)[columns]
+        frame = pd.read_csv(path, keep_default_na=False, na_values={column: [""] for column in MAY_BE_MISSING})
+        absent = [column for column in columns if column in MAY_BE_MISSING and column not in frame]
+        frames[table] = frame.assign(**dict.fromkeys(absent, np.nan))[columns]
     return frames
 
 
