@@ -1,12 +1,13 @@
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.files import StudyError
-from helpers.models import build_model, module_predictor, save_weights
+from helpers.models import build_model, count_parameters, module_predictor, save_weights
 from helpers.pt2e import convert_pt2e, prepare_pt2e, prepared_state
 from helpers.quantization import QCONFIGS, calibrate, convert, fuse, load_arm, prepare
 from helpers.runtimes import (
@@ -18,10 +19,13 @@ from helpers.runtimes import (
     export_onnx,
     export_onnx_graph,
     export_torchscript,
+    first_call,
     layers_run_as,
     load_predictor,
     openvino_benchmark_app,
+    prepare_qat_nncf,
     quantize_openvino,
+    stored_weight_bytes,
 )
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -117,6 +121,37 @@ def test_openvino_files_keep_float32_and_shrink_fourfold_when_quantized(files):
     quantize_openvino(folder / "fp32.xml", IMAGES, folder / "ptq_nncf.xml")
     assert artifact_bytes(folder / "ptq_nncf.xml") < artifact_bytes(folder / "fp32.xml") / 3.5
     assert {layer["precision"] for layer in layers_run_as(folder / "ptq_nncf.xml", "openvino")} == {"int8"}
+
+
+def test_weights_are_counted_in_the_file_itself(files):
+    folder, modules = files
+    parameters = count_parameters(modules["fp32"])
+    for suffix in (".onnx", ".xml"):
+        # Batch norm is folded away; its place takes a bias for each channel.
+        assert 0.99 < stored_weight_bytes(folder / f"fp32{suffix}") / (4 * parameters) < 1.01
+        assert 0.99 < stored_weight_bytes(folder / f"ptq{suffix}") / parameters < 1.02
+    with pytest.raises(StudyError, match="neither"):
+        stored_weight_bytes(folder / "fp32.pt")
+
+
+def test_a_first_call_does_not_pay_for_what_the_process_pays_once(monkeypatch):
+    loads = iter([0.2, 0.001, 0.1, 0.001])
+
+    def load(path, runtime, engine):
+        time.sleep(next(loads))
+        return lambda images: images
+
+    monkeypatch.setattr("helpers.runtimes.load_predictor", load)
+    assert first_call("model.onnx", "onnxruntime", IMAGES.numpy()) < 50
+    assert list(loads) == []
+
+
+@pytest.mark.skipif(not COMPILER or torch.cuda.is_available(), reason="needs a compiler and no GPU")
+def test_nncf_s_qat_is_refused_before_the_training_where_its_extension_cannot_run(files, monkeypatch):
+    monkeypatch.setattr("nncf.quantize", lambda model, *_, **__: model)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(StudyError, match="does not run on this machine's cuda"):
+        prepare_qat_nncf(files[1]["fp32"], IMAGES)
 
 
 def test_openvino_s_own_benchmark_gives_a_latency(files):

@@ -73,7 +73,9 @@ def speedup_interval(
     chapters 8 and 13.
     """
     if baseline_ms.shape != candidate_ms.shape or baseline_ms.ndim != 1 or not len(baseline_ms):
-        raise ValueError(f"shapes {baseline_ms.shape} and {candidate_ms.shape}: both must be [rounds], with one at least")
+        raise ValueError(
+            f"shapes {baseline_ms.shape} and {candidate_ms.shape}: both must be [rounds], with one at least"
+        )
     if min(baseline_ms.min(), candidate_ms.min()) <= 0:
         raise ValueError("a time is not positive; give milliseconds that a clock measured")
     rounds = len(baseline_ms)

@@ -180,8 +180,8 @@ def quantize_openvino_controlled(
 ) -> None:
     """The same with accuracy control: layers go back to float until at most `max_drop` of accuracy (in [0, 1]) is lost.
 
-    held_out: validation images, float32 [N, 3, H, W], normalised, and labels [N], that decide; all are scored for each
-    layer that is tried.
+    held_out: validation images, float32 [N, 3, H, W], normalised, and labels [N], that decide: all are scored after each
+    layer that goes back, and as many as there are calibration images rank the layers. Few images let chance decide.
     """
     pictures, labels = held_out[0].numpy(), held_out[1].numpy()
 
@@ -204,13 +204,22 @@ def quantize_openvino_controlled(
 def prepare_qat_nncf(model: nn.Module, images: Tensor) -> nn.Module:
     """FakeQuantize by NNCF in a copy of a float PyTorch model, ranges from `images`, float32 [N, 3, H, W]; train it further.
 
-    Compiles a C++ extension the first time. Raises StudyError when there is no C++ compiler.
+    NNCF compiles an extension when the model is first called, on a GPU another one: that is done here, where `fit` will
+    train, so that what cannot be trained is refused before the training. Raises StudyError with the reason.
     """
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise StudyError("NNCF's QAT found no C++ compiler; install g++ (Debian: apt-get install g++).")
     os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # a slow machine needs more than its 60 s
     calibration = nncf.Dataset([image.unsqueeze(0) for image in images])
-    return nncf.quantize(copy.deepcopy(model).eval(), calibration, subset_size=len(images))
+    prepared = nncf.quantize(copy.deepcopy(model).eval(), calibration, subset_size=len(images))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with torch.no_grad():
+            prepared.to(device)(images[:1].to(device))
+    except Exception as error:  # of NNCF, of the compiler or of the loader of what it compiled
+        first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise StudyError(f"NNCF's QAT does not run on this machine's {device} ({first_line}).") from error
+    return prepared.to("cpu")
 
 
 def export_qat_nncf(model: nn.Module, path: Path, size: int = 32) -> None:
@@ -226,6 +235,22 @@ def artifact_bytes(path: Path) -> int:
     """Size of a model on disk: the file, and for an OpenVINO IR its .bin too."""
     weights = path.with_suffix(".bin")
     return path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" else 0)
+
+
+def stored_weight_bytes(path: Path) -> int:
+    """Bytes of the weights and constants in an exported file, after the exporter's folding: an .onnx or an OpenVINO .xml.
+
+    Raises StudyError for a file of another kind.
+    """
+    if path.suffix == ".xml":
+        return path.with_suffix(".bin").stat().st_size
+    if path.suffix == ".onnx":
+        graph = onnx.load(path).graph
+        constants = [
+            a.t for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.HasField("t")
+        ]
+        return sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in (*graph.initializer, *constants))
+    raise StudyError(f"{path} is neither .onnx nor .xml; the weights of other files are counted in their model.")
 
 
 def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fbgemm") -> Predictor:
@@ -334,15 +359,26 @@ def compile_openvino(
     return openvino.Core().compile_model(fixed, "CPU", hints | config)
 
 
-def first_call(path: Path, runtime: str, images: np.ndarray) -> float:
-    """Milliseconds from a model file to its first answer to `images`: loading, compiling, one call; nothing is cached before."""
+def first_call(path: Path, runtime: str, images: np.ndarray, engine: str = "fbgemm", tries: int = 3) -> float:
+    """Milliseconds from a model file to its first answer to `images`: loading, compiling, one call; the median of `tries`.
+
+    A try before them is not timed, so the runtime is imported, it has set itself up in this process and the file is in
+    memory: this is what one more model costs, not what a new process pays. Inductor compiles for so long that it has a
+    single try and none before it, with an empty cache of what it compiled; import it before, by another use.
+    Raises StudyError as `load_predictor` does.
+    """
     from torch._inductor.utils import fresh_cache
 
-    started = time.perf_counter()
-    predictor = load_predictor(path, runtime)
-    with fresh_cache() if runtime == "inductor" else nullcontext():
-        predictor(images)
-        return 1e3 * (time.perf_counter() - started)
+    def one_try() -> float:
+        with fresh_cache() if runtime == "inductor" else nullcontext():
+            started = time.perf_counter()
+            load_predictor(path, runtime, engine=engine)(images)
+            return 1e3 * (time.perf_counter() - started)
+
+    if runtime == "inductor":
+        return one_try()
+    one_try()
+    return float(np.median([one_try() for _ in range(tries)]))
 
 
 def layers_run_as(path: Path, runtime: str) -> list[dict[str, str]]:
