@@ -256,12 +256,6 @@ def onednn_events(verbose: str) -> dict[str, tuple[int, float]]:
     return found
 
 
-def reordered_shapes(verbose: str) -> set[str]:
-    """Shapes, such as 512x256x1x1, of the tensors that oneDNN copied into another layout; `verbose` as for `onednn_events`."""
-    lines = (line.split(",") for line in verbose.splitlines() if line.startswith("onednn_verbose"))
-    return {fields[-2] for fields in lines if fields[2:4] == ["primitive", "exec"] and fields[5] == "reorder"}
-
-
 def in_fresh_process(script: str, arguments: Sequence[Any], environment: Mapping[str, str] | None = None) -> str:
     """Run Python code in a process of its own and return what it printed; `environment` is added to this one's.
 
