@@ -53,6 +53,8 @@ def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
     refused = tables["exports"][tables["exports"].reason != ""].runtime  # no compiler, no bfloat16
     assert set(RUNTIMES) - {*refused} <= {*accuracy.runtime}
     assert set(latency.engine) == {"", *ENGINES}
+    scored = set(accuracy[["arm", "runtime", "engine"]].itertuples(index=False, name=None))
+    assert set(latency[["arm", "runtime", "engine"]].itertuples(index=False, name=None)) <= scored
     assert (latency[(latency.arm == "fp32") & (latency.runtime == "eager")].speedup == 1).all()
     assert accuracy.ci_low.le(accuracy.accuracy).all() and accuracy.ci_high.ge(accuracy.accuracy).all()
     assert (accuracy.correct / accuracy.n == accuracy.accuracy).all()

@@ -14,7 +14,7 @@ from helpers.profiling import (
     onednn_events,
     openvino_nodes,
     pytorch_name,
-    seconds_of,
+    time_calls,
     torch_ops,
     touched_taps,
 )
@@ -63,7 +63,7 @@ def test_memory_traffic_counts_its_bytes():
     triad, bytes_triad = memory_traffic(1200, triad=True)
     assert (bytes_read, bytes_triad) == (1200, 1200)
     assert float(read()) == 300 and (triad() == 4).all()
-    assert (seconds_of(read, 3) > 0).all()
+    assert (time_calls(read, 3) > 0).all()
 
 
 def test_onednn_s_lines_are_summed_up():

@@ -1,6 +1,6 @@
 import shutil
-import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 from helpers.files import StudyError
 from helpers.models import build_model, count_parameters, module_predictor, save_weights
 from helpers.pt2e import convert_pt2e, prepare_pt2e, prepared_state
-from helpers.quantization import QCONFIGS, calibrate, convert, fuse, load_arm, prepare
+from helpers.quantization import QCONFIGS, calibrate, convert, fuse, load_arm, prepare, weight_bytes
 from helpers.runtimes import (
     RUNTIMES,
     SUFFIXES,
@@ -130,6 +130,7 @@ def test_weights_are_counted_in_the_file_itself(files):
         # Batch norm is folded away; its place takes a bias for each channel.
         assert 0.99 < stored_weight_bytes(folder / f"fp32{suffix}") / (4 * parameters) < 1.01
         assert 0.99 < stored_weight_bytes(folder / f"ptq{suffix}") / parameters < 1.02
+    assert 0.99 < weight_bytes(modules["ptq_pt2e"]) / parameters < 1.02  # no float weights beside the INT8 ones
     with pytest.raises(StudyError, match="neither"):
         stored_weight_bytes(folder / "fp32.pt")
 
@@ -154,8 +155,15 @@ def test_nncf_s_qat_is_refused_before_the_training_where_its_extension_cannot_ru
         prepare_qat_nncf(files[1]["fp32"], IMAGES)
 
 
-def test_openvino_s_own_benchmark_gives_a_latency(files):
-    assert 0 < openvino_benchmark_app(files[0] / "ptq.xml", threads=1, batch=1, seconds=1) < 1000
+@pytest.mark.parametrize(("said", "ms"), [("[ INFO ]    Median:        2.10 ms", 2.1), ("    Median: 350.00 us", 0.35)])
+def test_openvino_s_own_benchmark_is_read_in_its_unit(monkeypatch, tmp_path, said, ms):
+    answers = iter([said, ""])
+    monkeypatch.setattr(
+        "helpers.runtimes.subprocess.run", lambda *_, **__: SimpleNamespace(stdout=next(answers), stderr="no model")
+    )
+    assert openvino_benchmark_app(tmp_path / "model.xml", threads=1, batch=1) == pytest.approx(ms)
+    with pytest.raises(StudyError, match="gave no median"):
+        openvino_benchmark_app(tmp_path / "model.xml", threads=1, batch=1)
 
 
 def test_damaged_files_and_unknown_runtimes_end_in_a_sentence(files, tmp_path):
@@ -167,7 +175,3 @@ def test_damaged_files_and_unknown_runtimes_end_in_a_sentence(files, tmp_path):
         (tmp_path / f"damaged{suffix}").write_bytes(b"not a model")
         with pytest.raises(StudyError, match="damaged"):
             load_predictor(tmp_path / f"damaged{suffix}", runtime)
-
-
-def test_no_telemetry_package_is_loaded():
-    assert sys.modules["openvino_telemetry"] is None

@@ -58,6 +58,10 @@ def convert_pt2e(prepared: nn.Module) -> nn.Module:
     prepared = copy.deepcopy(prepared)
     _pt2e.allow_exported_model_train_eval(prepared).eval()
     converted = _pt2e.allow_exported_model_train_eval(_convert(prepared))
+    read = {node.target for node in converted.graph.nodes if node.op == "get_attr"}
+    for name in converted.state_dict().keys() - read:  # float weights that the INT8 ones replaced
+        owner, _, leaf = name.rpartition(".")
+        delattr(converted.get_submodule(owner), leaf)
     converted.eval()
     return converted
 
