@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from helpers.book import NOT_DONE, publish, published_book, whats_found
+from helpers.book import NOT_DONE, publish, published_book, renew_text, whats_found
 from helpers.parameters import NOTEBOOKS, READERS
 from helpers.records import read_results
 
@@ -159,3 +159,16 @@ def chapters_are_current(chapters: Path, names):
 
     for name in names:
         assert code(chapters / f"{name}.ipynb") == code(ROOT / "notebooks" / f"{name}.ipynb"), name
+
+
+def test_a_chapter_has_the_text_of_today_around_the_code_that_was_executed(tmp_path):
+    cell = nbformat.v4
+    injected = cell.new_code_cell("x = 2", metadata={"tags": ["injected-parameters"]})
+    executed = cell.new_notebook(cells=[cell.new_markdown_cell("Was."), cell.new_code_cell("x = 1"), injected])
+    for code, expected in (("x = 1", "Is."), ("x = 3", "Was.")):
+        today = cell.new_notebook(cells=[cell.new_markdown_cell("Is."), cell.new_code_cell(code)])
+        nbformat.write(executed, tmp_path / "chapter.ipynb")
+        nbformat.write(today, tmp_path / "today.ipynb")
+        renew_text(tmp_path / "chapter.ipynb", tmp_path / "today.ipynb")
+        found = nbformat.read(tmp_path / "chapter.ipynb", as_version=4).cells
+        assert found[0].source == expected and len(found) == 3

@@ -52,6 +52,22 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
     nbformat.write(notebook, chapter)
 
 
+def renew_text(chapter: Path, source: Path) -> None:
+    """Give a chapter the text that its notebook has today, where the code is still the one that was executed."""
+    executed, today = nbformat.read(chapter, as_version=4), nbformat.read(source, as_version=4)
+    own = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    if _code(own) != _code(today.cells) or [c.cell_type for c in own] != [c.cell_type for c in today.cells]:
+        return
+    for cell, new in zip(own, today.cells, strict=True):
+        if cell.cell_type == "markdown":
+            cell.source = BADGE.sub(r"[\g<text>](\g<link>)", new.source)
+    nbformat.write(executed, chapter)
+
+
+def _code(cells: list[nbformat.NotebookNode]) -> list[str]:
+    return [cell.source for cell in cells if cell.cell_type == "code"]
+
+
 def _of_widgets(output: nbformat.NotebookNode) -> bool:
     """Whether an output is a progress bar that needs a widget library, or a complaint that there is none."""
     return WIDGET in output.get("data", {}) or "IProgress not found" in output.get("text", "")
@@ -154,7 +170,10 @@ def published_book(run: Path = Path("runs/published"), published: Path = PAGES) 
         shutil.copytree(published / part, book / part)
     copy_pages(book)
     for notebook in NOTEBOOKS:
-        if not (book / "chapters" / f"{notebook}.ipynb").exists() and notebook not in READERS:
+        chapter = book / "chapters" / f"{notebook}.ipynb"
+        if chapter.exists():
+            renew_text(chapter, Path("notebooks") / chapter.name)
+        elif notebook not in READERS:
             copy_unexecuted(notebook, book / "chapters")
     (run / "notebooks").mkdir(exist_ok=True)
     archs = sorted(read_results(book / "results")["latency"]["arch"].unique())
