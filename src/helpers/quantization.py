@@ -28,8 +28,8 @@ LEGACY = bool(ENGINES)
 # Every rule for quantization parameters by its name: where the range of an activation comes from, and how many of them a
 # layer's weights share. The first is PyTorch's default for x86 CPUs.
 QCONFIG_NAMES = (
-    *("histogram_per_channel", "minmax_per_channel", "percentile_per_channel"),
-    *("histogram_per_tensor", "minmax_per_tensor", "percentile_per_tensor"),
+    *("histogram_per_channel", "minmax_per_channel", "percentile_per_channel", "image_percentile_per_channel"),
+    *("histogram_per_tensor", "minmax_per_tensor", "percentile_per_tensor", "image_percentile_per_tensor"),
 )
 _MISSING, _REMEDY = (
     ("torch.ao.quantization", "install an older torch")
