@@ -78,6 +78,8 @@ def test_every_page_loads_with_its_pictures_without_errors_and_fits_the_screen(s
         broken = "return [...document.images].filter(i => i.loading != 'lazy' && !i.naturalWidth).map(i => i.src)"
         assert browser.execute_script(broken) == [], page
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width + 1, page
+        cut = "return [...document.querySelectorAll('.cell_output pre')].filter(p => p.scrollWidth > p.clientWidth + 1).length"
+        assert browser.execute_script(cut) == 0, page
         unnamed = "return [...document.querySelectorAll('.bd-article img')].filter(i => !i.alt).map(i => i.src)"
         assert browser.execute_script(unnamed) == [], page
 
