@@ -59,6 +59,7 @@ def renew_text(chapter: Path, source: Path) -> None:
     if _code(own) != _code(today.cells) or [c.cell_type for c in own] != [c.cell_type for c in today.cells]:
         return
     for cell, new in zip(own, today.cells, strict=True):
+        cell.metadata |= new.metadata  # captions
         if cell.cell_type == "markdown":
             cell.source = BADGE.sub(r"[\g<text>](\g<link>)", new.source)
     nbformat.write(executed, chapter)
@@ -154,7 +155,7 @@ def publish(profile: str, published: Path = PAGES, readme: Path = Path("README.m
 def whats_found(results: Path) -> str:
     """Markdown for the first screen of the README: which rows to take, a picture of all, and whether QAT pays."""
     headline, qat = ((results / name).read_text().strip() for name in ("headline.md", "qat.md"))
-    picture = "![Accuracy against latency of the arms in each runtime; larger points are larger files](book/results/overview.png)"
+    picture = "![Accuracy minus eager FP32, in points, against latency; the chosen rows in colour, with 95 % intervals](book/results/overview.png)"
     return f"{headline}\n\n{picture}\n\nDoes QAT beat PTQ of an FP32 model that trained equally long?\n\n{qat}"
 
 
