@@ -226,3 +226,17 @@ def test_without_int8_kernels_for_this_cpu_an_import_ends_in_a_sentence():
 
 
 NO_ENGINE = "import torch; torch._C._supported_qengines = lambda: [2]; "
+
+
+def test_one_extreme_image_widens_every_range_but_that_of_the_images():
+    images = torch.rand(100, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[7] *= 100
+    widths = {}
+    for name, qconfig in QCONFIGS.items():
+        observer = qconfig.activation()
+        for batch in images.split(32):
+            observer(batch)
+        scale, _ = observer.calculate_qparams()
+        widths[name.removesuffix("_per_channel").removesuffix("_per_tensor")] = 127 * float(scale)
+    assert widths.pop("image_percentile") == pytest.approx(1, abs=0.1)
+    assert min(widths.values()) > 10, widths
