@@ -153,10 +153,19 @@ def publish(profile: str, published: Path = PAGES, readme: Path = Path("README.m
 
 
 def whats_found(results: Path) -> str:
-    """Markdown for the first screen of the README: which rows to take, a picture of all, and whether QAT pays."""
-    headline, qat = ((results / name).read_text().strip() for name in ("headline.md", "qat.md"))
+    """Markdown for the README's first screen: which rows to take, a picture of all, whether QAT pays, whether PTQ's default holds."""
+    headline, qat, default = ((results / f"{name}.md").read_text().strip() for name in ("headline", "qat", "default"))
     picture = "![Accuracy minus eager FP32, in points, against latency; the chosen rows in colour, with 95 % intervals](book/results/overview.png)"
-    return f"{headline}\n\n{picture}\n\nDoes QAT beat PTQ of an FP32 model that trained equally long?\n\n{qat}"
+    return "\n\n".join(
+        [
+            *(headline, picture),
+            *("Does QAT beat PTQ of an FP32 model that trained equally long?", qat),
+            *(
+                "Does PTQ hold with PyTorch's default observers, and with ranges for 95 % of the calibration images?",
+                default,
+            ),
+        ]
+    )
 
 
 def published_book(run: Path = Path("runs/published"), published: Path = PAGES) -> Path:
