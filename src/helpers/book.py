@@ -43,7 +43,7 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
     notebook = nbformat.read(executed, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = BADGE.sub(r"[\g<text>](\g<link>)", cell.source)
+            cell.source = _without_badge(cell.source)
         else:
             cell.outputs = [output for output in cell.outputs if not _of_widgets(output)]
     for leftover in ("papermill", "widgets"):
@@ -61,8 +61,13 @@ def renew_text(chapter: Path, source: Path) -> None:
     for cell, new in zip(own, today.cells, strict=True):
         cell.metadata |= new.metadata  # captions
         if cell.cell_type == "markdown":
-            cell.source = BADGE.sub(r"[\g<text>](\g<link>)", new.source)
+            cell.source = _without_badge(new.source)
     nbformat.write(executed, chapter)
+
+
+def _without_badge(text: str) -> str:
+    """The Colab badge as a text link: the book loads nothing from other hosts."""
+    return BADGE.sub(r"[\g<text>](\g<link>)", text)
 
 
 def _code(cells: list[nbformat.NotebookNode]) -> list[str]:
@@ -156,16 +161,9 @@ def whats_found(results: Path) -> str:
     """Markdown for the README's first screen: which rows to take, a picture of all, whether QAT pays, whether PTQ's default holds."""
     headline, qat, default = ((results / f"{name}.md").read_text().strip() for name in ("headline", "qat", "default"))
     picture = "![Accuracy minus eager FP32, in points, against latency; the chosen rows in colour, with 95 % intervals](book/results/overview.png)"
-    return "\n\n".join(
-        [
-            *(headline, picture),
-            *("Does QAT beat PTQ of an FP32 model that trained equally long?", qat),
-            *(
-                "Does PTQ hold with PyTorch's default observers, and with ranges for 95 % of the calibration images?",
-                default,
-            ),
-        ]
-    )
+    pays = "Does QAT beat PTQ of an FP32 model that trained equally long?"
+    holds = "Does PTQ hold with PyTorch's default observers, and with ranges for 95 % of the calibration images?"
+    return "\n\n".join([headline, picture, pays, qat, holds, default])
 
 
 def published_book(run: Path = Path("runs/published"), published: Path = PAGES) -> Path:
