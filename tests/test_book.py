@@ -123,10 +123,10 @@ def test_published_chapters_carry_the_code_of_their_notebooks():
 
 def test_a_published_book_keeps_other_runs_and_takes_every_run_once(smoke, tmp_path):
     committed, readme = tmp_path / "committed", tmp_path / "README.md"
-    readme.write_text("# Title\n<!-- found -->old<!-- end of found -->\nrest\n")
+    readme.write_text("# Title\n<!-- found -->the text before<!-- end of found -->\nrest\n")
     publish("smoke", committed, readme)
     text = readme.read_text()
-    assert "times as fast as eager FP32" in text and "old" not in text and text.endswith("rest\n")
+    assert "times as fast as eager FP32" in text and "the text before" not in text and text.endswith("rest\n")
     once = read_results(committed / "results")
     foreign = once["training"].assign(run_id="01_train-resnet34-tuned-s0", arch="resnet34")
     pd.concat([once["training"], foreign]).to_csv(committed / "results" / "training.csv", index=False)
