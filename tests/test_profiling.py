@@ -12,6 +12,7 @@ from helpers.profiling import (
     layer_costs,
     memory_traffic,
     onednn_events,
+    onednn_reordered,
     openvino_nodes,
     pytorch_name,
     time_calls,
@@ -76,6 +77,9 @@ def test_onednn_s_lines_are_summed_up():
         "something else, printed, by, the, same, process, 3",
     ]
     assert onednn_events("\n".join(lines)) == {"create convolution": (1, 0.009), "exec convolution": (2, 0.75)}
+    assert onednn_reordered("\n".join(lines)) == set()
+    copied = "onednn_verbose,v1,primitive,exec,cpu,reorder,jit:uni,undef,src:s8,a,b,512x256x1x1,0.1"
+    assert onednn_reordered("\n".join([*lines, copied])) == {"512x256x1x1"}
 
 
 def test_torch_s_ops_are_split_into_kernels_and_wrappers():

@@ -247,13 +247,21 @@ def onednn_events(verbose: str) -> dict[str, tuple[int, float]]:
     created also where oneDNN found it in its cache: its description was made again to look it up.
     """
     found: dict[str, tuple[int, float]] = {}
-    for line in verbose.splitlines():
-        fields = line.split(",")
-        if line.startswith("onednn_verbose") and len(fields) > 6 and fields[2] == "primitive" and fields[3] != "info":
-            event = f"{fields[3].split(':')[0]} {fields[5]}"
-            count, ms = found.get(event, (0, 0.0))
-            found[event] = count + 1, ms + float(fields[-1])
+    for fields in _onednn_lines(verbose):
+        event = f"{fields[3].split(':')[0]} {fields[5]}"
+        count, ms = found.get(event, (0, 0.0))
+        found[event] = count + 1, ms + float(fields[-1])
     return found
+
+
+def onednn_reordered(verbose: str) -> set[str]:
+    """Shapes of the tensors that oneDNN copied into another layout, such as 512x256x1x1; lines as for `onednn_events`."""
+    return {fields[-2] for fields in _onednn_lines(verbose) if fields[3] == "exec" and fields[5] == "reorder"}
+
+
+def _onednn_lines(verbose: str) -> list[list[str]]:
+    lines = (line.split(",") for line in verbose.splitlines() if line.startswith("onednn_verbose"))
+    return [fields for fields in lines if len(fields) > 6 and fields[2] == "primitive" and fields[3] != "info"]
 
 
 def in_fresh_process(script: str, arguments: Sequence[Any], environment: Mapping[str, str] | None = None) -> str:
