@@ -342,3 +342,32 @@ def right_answers(results: Path, rows: pd.DataFrame) -> dict[int, np.ndarray]:
         truth = read_predictions(results, run_name("01_train", row["arch"], row["recipe"], row["seed"]))["truth"]
         right[row["seed"]] = predicted == truth
     return right
+
+
+def seeds_text(count: int) -> str:
+    """How many training seeds, in words: 1 seed, 3 seeds."""
+    return f"{count} seed" + ("s" if count > 1 else "")
+
+
+def data_text(data: str) -> str:
+    """Which images, by the name that records give them, and what that forbids: stands wherever their accuracies do."""
+    text = f"Data: {data}."
+    if "cifar10" not in data:
+        text += " The reference study used CIFAR-10: its accuracies and ours do not compare here, only its ratios."
+    if "jpeg" in data:
+        text += " These images are a JPEG copy of CIFAR-10, not its original pixels."
+    return text
+
+
+def conditions_text(data: str, images: int, recipe: str, timed: pd.DataFrame) -> str:
+    """What a table of accuracy, latency and size was measured on, and how.
+
+    images: in the test split; timed: rows of latency.csv at one number of threads and one batch size, of one machine.
+    """
+    first, rounds = timed.iloc[0], " to ".join(str(count) for count in sorted({timed.rounds.min(), timed.rounds.max()}))
+    return (
+        f"{data_text(data)} {images} test images, recipe {recipe}. Latency: {first.threads} threads, batch {first.batch} unless said, "
+        f"median of {rounds} rounds in one process for each architecture, on {first.machine}; speed-up: over eager FP32. "
+        "Intervals: 95 %, over images and seeds; with one seed over the images only. "
+        "MB: the file that the runtime loads; for eager, the state dict of the converted model."
+    )
