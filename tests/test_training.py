@@ -3,15 +3,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from helpers.data import load_data
+from helpers.data import Split, load_data
 from helpers.files import StudyError
 from helpers.models import build_model
-from helpers.quantization import freeze_batch_norm, freeze_observers, fuse_for_qat, prepare_qat
+from helpers.quantization import (
+    QCONFIG_NAMES,
+    freeze_batch_norm,
+    freeze_observers,
+    fuse,
+    fuse_for_qat,
+    prepare_qat,
+    qconfig_named,
+)
 from helpers.training import Recipe, evaluate, fit, resolve_precision
 
 SCRIPT = """
@@ -88,6 +97,28 @@ def test_qat_ends_with_ranges_and_statistics_at_rest(tmp_path):
     before = {name: value.clone() for name, value in qat.state_dict().items()}
     qat.train()(dataset.normalise(dataset.train.images[:64]))
     assert all(torch.equal(before[name], value) for name, value in qat.state_dict().items())
+
+
+def test_validation_images_move_no_range(tmp_path):
+    dataset, recipe, found = load_data("digits", limit=128), Recipe(learning_rate=0.01, batch_size=64), []
+    for split in (dataset.validation, Split(255 - dataset.validation.images, dataset.validation.labels)):
+        torch.manual_seed(0)
+        prepared = [
+            prepare_qat(fuse_for_qat(build_model("resnet18"))),
+            prepare_qat(fuse(build_model("resnet18")), qconfig_named(QCONFIG_NAMES[0])),
+        ]
+        for name, qat in enumerate(prepared):
+            fit(
+                qat,
+                replace(dataset, validation=split),
+                recipe,
+                1,
+                0,
+                tmp_path / f"{len(found)}{name}.pt",
+                precision="fp32",
+            )
+        found.append([value for qat in prepared for value in qat.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_divergence_is_said_not_trained_through(tmp_path):

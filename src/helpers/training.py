@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -141,7 +142,8 @@ def fit(
         loss = _train_epoch(model, batches, optimizer, scheduler, precision, announce)
         _check_finite(model, loss, f"{label}: the training diverged in epoch {epoch + 1}")
         seconds = time.perf_counter() - started
-        validation = evaluate(module_predictor(model), dataset, dataset.validation)
+        with _buffers_kept(model):  # observers record in evaluation, too, but ranges come from training images only
+            validation = evaluate(module_predictor(model), dataset, dataset.validation)
         history.append(
             {
                 "epoch": epoch + 1,
@@ -162,6 +164,17 @@ def fit(
         )
     model.to("cpu", memory_format=torch.contiguous_format).eval()
     return history
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give all buffers of `model` (ranges, statistics) the values back that they have now."""
+    buffers = [
+        (owner, name, value.clone()) for owner in model.modules() for name, value in owner.named_buffers(recurse=False)
+    ]
+    yield
+    for owner, name, value in buffers:
+        setattr(owner, name, value)
 
 
 def _batches(
