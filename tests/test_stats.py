@@ -85,6 +85,14 @@ def test_paired_bootstrap_covers_the_difference_and_knows_pairs():
         paired_bootstrap(first[0], second[0], seed=0)
 
 
+def test_paired_bootstrap_takes_fractions_of_several_models():
+    first, second = np.random.default_rng(0).choice([0, 0.25, 0.875, 1], (2, 3, 200))
+    assert paired_bootstrap(first, first, seed=0) == (0.0, 0.0)
+    low, high = paired_bootstrap(first, second, seed=0)
+    assert low < (first - second).mean() < high
+    np.testing.assert_allclose(paired_bootstrap(second, first, seed=0), (-high, -low), atol=0.02)
+
+
 def test_paired_bootstrap_is_wider_when_seeds_disagree():
     same = np.repeat(np.arange(1000)[None] < 500, 2, axis=0)
     apart = np.stack([np.arange(1000) < 600, np.arange(1000) < 400])

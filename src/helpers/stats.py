@@ -51,8 +51,8 @@ def paired_bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval for the mean difference in accuracy, first minus second, of two arms on the same images.
 
-    first_correct, second_correct: bool [seeds, n], paired by training seed and image. Each draw takes seeds and images
-    with replacement, the same images for every seed; with one seed the interval covers the images only. seed: of the
+    first_correct, second_correct: bool [seeds, n], or the fraction of several models that are right, paired by training
+    seed and image. Each draw takes seeds and images with replacement, the same images for every seed; with one seed the interval covers the images only. seed: of the
     draws. Returns (low, high), fractions in [-1, 1]. Raises ValueError if the shapes differ. Source: Efron and
     Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
     """
@@ -60,7 +60,7 @@ def paired_bootstrap(
         raise ValueError(f"shapes {first_correct.shape} and {second_correct.shape}: both must be [seeds, n]")
     seeds, n = first_correct.shape
     # Images on which every seed differs alike are interchangeable: it is enough to draw how many there are of each kind.
-    kinds, images = np.unique(first_correct.astype(np.int8) - second_correct, axis=1, return_counts=True)
+    kinds, images = np.unique(first_correct.astype(float) - second_correct, axis=1, return_counts=True)
     generator = np.random.default_rng(seed)
     of_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
     of_kind = generator.multinomial(n, images / n, draws) / n
