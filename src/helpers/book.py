@@ -22,6 +22,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 FOUND = re.compile(r"(<!-- found -->).*(<!-- end of found -->)", re.DOTALL)
 INCLUDED = re.compile(r"^\s*```\{include\} (results/\S+\.md)", re.MULTILINE)
 NOT_DONE = "This run has not done this part."
+EARLIER = "Executed with an earlier version of this notebook, whose code is shown; today's differs."
 BADGE = re.compile(r"\[!\[(?P<text>[^]]*)\]\([^)]*\)\]\((?P<link>[^)]*)\)")
 
 
@@ -53,16 +54,21 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
 
 
 def renew_text(chapter: Path, source: Path) -> None:
-    """Give a chapter the text that its notebook has today, where the code is still the one that was executed."""
+    """Give a chapter the text that its notebook has today; where other code was executed, say so under its title instead."""
     executed, today = nbformat.read(chapter, as_version=4), nbformat.read(source, as_version=4)
     own = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     if _code(own) != _code(today.cells) or [c.cell_type for c in own] != [c.cell_type for c in today.cells]:
-        return
-    for cell, new in zip(own, today.cells, strict=True):
-        cell.metadata |= new.metadata  # captions
-        if cell.cell_type == "markdown":
-            cell.source = _without_badge(new.source)
+        _note_under_title(executed, EARLIER)
+    else:
+        for cell, new in zip(own, today.cells, strict=True):
+            cell.metadata |= new.metadata  # captions
+            if cell.cell_type == "markdown":
+                cell.source = _without_badge(new.source)
     nbformat.write(executed, chapter)
+
+
+def _note_under_title(notebook: nbformat.NotebookNode, text: str) -> None:
+    notebook.cells[0].source += f"\n\n:::{{note}}\n{text}\n:::"
 
 
 def _without_badge(text: str) -> str:
@@ -83,7 +89,7 @@ def copy_unexecuted(notebook: str, chapters: Path) -> None:
     """Copy a notebook that the run has left out or not finished yet: its source, and a note that says so under its title."""
     copy_chapter(Path("notebooks") / f"{notebook}.ipynb", chapters / f"{notebook}.ipynb")
     chapter = nbformat.read(chapters / f"{notebook}.ipynb", as_version=4)
-    chapter.cells[0].source += f"\n\n:::{{note}}\n{NOT_DONE} This is its source, without outputs.\n:::"
+    _note_under_title(chapter, f"{NOT_DONE} This is its source, without outputs.")
     nbformat.write(chapter, chapters / f"{notebook}.ipynb")
 
 
