@@ -84,6 +84,8 @@ PLANNED = {
 }
 MODELS = {notebook: [model for model in models if PROFILE.runs(notebook, model)] for notebook, models in PLANNED.items()}
 TRAINS = ("01_train", "03_qat", "12_runtimes", "15_bit_widths")
+# These time exports and first calls on their way: they get every core, so that no training runs beside them.
+CLOCKS = ("04_jit", "05_onnx_openvino", "11_dead_taps", "12_runtimes")
 
 for notebook, needed in NEEDS.items():
 
@@ -99,7 +101,7 @@ for notebook, needed in NEEDS.items():
             EXECUTED.format(notebook=notebook),
         params:
             parameters(notebook),
-        threads: threads_each if notebook in TRAINS else 1
+        threads: CORES if notebook in CLOCKS else threads_each if notebook in TRAINS else 1
         resources:
             mem_mb=4000,
             gpu=config.get("gpu", 0) if notebook in TRAINS else 0,
@@ -125,7 +127,7 @@ rule ptq_collapse:
         PAPERMILL + "{input.notebook} {log} -y {params}"
 
 
-# What times waits until nothing else is left to do, and claims every core: it has the machine to itself.
+# What compares latencies waits until nothing else is left to do, and claims every core: it has the machine to itself.
 for notebook in ("06_benchmark", "13_where_time_goes"):
 
     rule:

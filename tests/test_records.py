@@ -7,7 +7,18 @@ import pandas as pd
 import pytest
 
 from helpers.files import StudyError, whole_file
-from helpers.records import COLUMNS, accuracy_row, gather, read_predictions, read_results, run_name, save_record
+from helpers.records import (
+    COLUMNS,
+    accuracy_row,
+    commit,
+    gather,
+    open_results,
+    read_predictions,
+    read_results,
+    run_name,
+    save_record,
+    times_key,
+)
 
 OF = {"arch": "resnet18", "recipe": "tuned", "seed": 0}
 
@@ -95,6 +106,28 @@ def test_results_of_before_speedups_had_intervals_are_read_and_kept_beside_new_o
     latency = read_results(tmp_path / "results")["latency"].set_index("arch")
     assert latency.speedup_low.isna().to_dict() == {"resnet18": True, "resnet34": False}
     assert latency.speedup_high["resnet34"] == 1.5 and latency.speedup["resnet18"] == 1.5
+
+
+def test_latencies_come_with_the_times_of_their_rounds_where_these_were_kept(tmp_path):
+    for arch, kept in (("resnet18", True), ("resnet34", False)):
+        row = dict.fromkeys(COLUMNS["latency"], 2) | {
+            "arch": arch,
+            "arm": "ptq",
+            "runtime": "eager",
+            "engine": "fbgemm",
+        }
+        row.pop("run_id")
+        times = {times_key(row): np.array([2.0, 1.5, 3.0])} if kept else None
+        save_record(str(tmp_path), f"06_benchmark-{arch}", {}, None, {"latency": [row]}, times=times)
+    latency = open_results(str(tmp_path), tmp_path / "results")[0]["latency"].set_index("arch")
+    assert latency.times["resnet18"].tolist() == [2.0, 1.5, 3.0] and latency.times["resnet34"] is None
+
+
+def test_the_commit_is_unknown_outside_git_and_without_git(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert commit() == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert commit() == "unknown"
 
 
 def test_models_that_write_the_same_page_follow_each_other_in_it(tmp_path):

@@ -6,6 +6,7 @@ Called by notebooks; needs json and pandas only.
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -106,15 +107,16 @@ def machine_name(facts: Mapping[str, Any]) -> str:
 
 
 def commit() -> str:
-    """The commit checked out in the working folder, `-dirty` when a tracked file differs from it, `unknown` outside git.
+    """The commit checked out in the working folder, `-dirty` when a tracked file differs from it, `unknown` outside or without git.
 
     Every notebook works from the top folder of the study, also where the package itself is installed elsewhere.
     """
-    git = ["git"]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if not shutil.which("git"):
+        return "unknown"
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode:
         return "unknown"
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
@@ -125,12 +127,14 @@ def save_record(
     data: tuple[str, str] | None,
     rows: Mapping[str, list[dict[str, Any]]],
     predictions: Mapping[str, np.ndarray] | None = None,
+    times: Mapping[str, np.ndarray] | None = None,
     pages: Mapping[str, str] | None = None,
 ) -> None:
-    """Write what one run found: `run_dir`/records/`run_id`.json and, with `predictions`, the .npz beside it.
+    """Write what one run found: `run_dir`/records/`run_id`.json and, with `predictions` or `times`, the .npz beside it.
 
     data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
     predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`).
+    times: see `times_key`; milliseconds of each round behind a row of latency, float64 [rounds], paired by round.
     pages: file name -> Markdown that the book includes as it is. The JSON is written last and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
     """
     run = {
@@ -148,9 +152,9 @@ def save_record(
                 raise ValueError(f"{table} row has {sorted(set(row) ^ set(COLUMNS[table]))} too many or too few")
     record = {"run_id": run_id, "run": run, "tables": tables, "pages": dict(pages or {})}
     path = Path(run_dir) / "records" / f"{run_id}.json"
-    if predictions:
+    if predictions or times:
         with whole_file(path.with_suffix(".npz")) as aside:
-            np.savez_compressed(aside, **predictions)
+            np.savez_compressed(aside, **(predictions or {}), **(times or {}))
     with whole_file(path) as aside:
         aside.write_text(json.dumps(record, indent=1, sort_keys=True))
 
@@ -232,8 +236,13 @@ def prediction_key(arm: str, runtime: str, engine: str = "") -> str:
     return "-".join(part for part in (arm, runtime, engine) if part)
 
 
+def times_key(row: Mapping[str, Any]) -> str:
+    """Name of the array of times behind one row of latency, for example ptq-eager-fbgemm-t2-b1."""
+    return f"{prediction_key(row['arm'], row['runtime'], row['engine'])}-t{row['threads']}-b{row['batch']}"
+
+
 def gather(run_dir: str, results: Path, keep: bool = False) -> None:
-    """Collect `run_dir`/records into `results`: a CSV for each table, runs.json, predictions/, and pages for the book.
+    """Collect `run_dir`/records into `results`: a CSV for each table, runs.json, predictions/ (times, too), and pages for the book.
 
     keep: leave what `results` has of other runs, so that a study which took several machines or days comes together.
     Rows are sorted, so the same records give the same files. Raises StudyError when there are no records, when one is
@@ -313,11 +322,12 @@ def read_results(results: Path) -> dict[str, pd.DataFrame]:
 def open_results(run_dir: str, results: Path) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
     """Gather the records of a run if it has any, and read its results: (tables, runs) as `read_results` and `read_runs`.
 
-    Without records the results are read as they are: a published book brings them along.
+    Without records the results are read as they are: a published book brings them along. Latencies get their `times`.
     """
     if (Path(run_dir) / "records").exists():
         gather(run_dir, results)
-    return read_results(results), read_runs(results)
+    tables = read_results(results)
+    return tables | {"latency": with_times(results, tables["latency"])}, read_runs(results)
 
 
 def read_runs(results: Path) -> dict[str, dict[str, Any]]:
@@ -326,9 +336,22 @@ def read_runs(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_predictions(results: Path, run_id: str) -> dict[str, np.ndarray]:
-    """Read the predicted classes of one run: `prediction_key` -> uint8 [n]."""
+    """Read the predicted classes of one run, `prediction_key` -> uint8 [n], or its times, `times_key` -> float64 [rounds]."""
     with np.load(Path(results) / "predictions" / f"{run_id}.npz") as stored:
         return dict(stored)
+
+
+def with_times(results: Path, latency: pd.DataFrame) -> pd.DataFrame:
+    """Rows of latency.csv with the column `times`: ms of each round, float64 [rounds], paired within a run_id.
+
+    None where the results have no times: those of before times were kept.
+    """
+    kept = {
+        run_id: read_predictions(results, run_id) if (results / "predictions" / f"{run_id}.npz").exists() else {}
+        for run_id in latency.run_id.unique()
+    }
+    times = [kept[row["run_id"]].get(times_key(row)) for row in latency.to_dict("records")]
+    return latency.assign(times=pd.Series(times, latency.index, dtype=object))
 
 
 def right_answers(results: Path, rows: pd.DataFrame) -> dict[int, np.ndarray]:
@@ -368,6 +391,7 @@ def conditions_text(data: str, images: int, recipe: str, timed: pd.DataFrame) ->
     return (
         f"{data_text(data)} {images} test images, recipe {recipe}. Latency: {first.threads} threads, batch {first.batch} unless said, "
         f"median of {rounds} rounds in one process for each architecture, on {first.machine}; speed-up: over eager FP32. "
-        "Intervals: 95 %, over images and seeds; with one seed over the images only. "
+        "Intervals: 95 %; of an accuracy over images and seeds, with one seed over the images only; of a speed-up over the "
+        "rounds of that one process, not over other starts of it. "
         "MB: the file that the runtime loads; for eager, the state dict of the converted model."
     )

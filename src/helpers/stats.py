@@ -1,10 +1,13 @@
 """Intervals and paired tests: pure functions of counts, arrays and frames' rows."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest, t
 from statsmodels.stats.proportion import proportion_confint
+
+from helpers.measure import speedup_interval
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -52,8 +55,8 @@ def paired_bootstrap(
     """Percentile interval for the mean difference in accuracy, first minus second, of two arms on the same images.
 
     first_correct, second_correct: bool [seeds, n], or the fraction of several models that are right, paired by training
-    seed and image. Each draw takes seeds and images with replacement, the same images for every seed; with one seed the interval covers the images only. seed: of the
-    draws. Returns (low, high), fractions in [-1, 1]. Raises ValueError if the shapes differ. Source: Efron and
+    seed and image. Each draw takes seeds and images with replacement, the same images for every seed; with one seed the
+    interval covers the images only. seed: of the draws. Returns (low, high), fractions in [-1, 1]. Raises ValueError if the shapes differ. Source: Efron and
     Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
     """
     if first_correct.shape != second_correct.shape or first_correct.ndim != 2:
@@ -121,12 +124,19 @@ def on_common_seeds(first: Mapping[int, np.ndarray], second: Mapping[int, np.nda
     return np.stack([first[seed] for seed in seeds]), np.stack([second[seed] for seed in seeds])
 
 
-def shown_faster(first: Mapping[str, float], second: Mapping[str, float]) -> bool:
-    """Whether the first of two rows of latency.csv, timed in one process, is shown to be faster than the second.
+def shown_faster(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether the first of two rows of latency, of one number of threads and one batch size, is shown to be faster.
 
-    It is if the 95 % interval of its speed-up, `speedup_low` to `speedup_high`, lies above that of the second; where either
-    has none (NaN), if its `p90_ms` is below the `median_ms` of the second. Rows of which neither is shown to be faster tie.
+    It is if the 95 % interval of how many times faster it is lies above 1: paired by round, where both have `times` of one
+    process (see records.with_times). Without them, if the intervals of their speed-ups, `speedup_low` to `speedup_high`, do
+    not overlap; where either has none (NaN), if its `p90_ms` is below the `median_ms` of the second. Rows of which neither
+    is shown to be faster tie; so may two rows of which a third is shown to be faster than one only.
     """
+    times = first.get("times"), second.get("times")
+    if first.get("run_id") == second.get("run_id") and all(isinstance(values, np.ndarray) for values in times):
+        if times[0].max() < times[1].min():  # so is every draw's median: the answer without the draws
+            return True
+        return first["median_ms"] < second["median_ms"] and speedup_interval(times[1], times[0], seed=0)[0] > 1
     if np.isfinite([first["speedup_low"], second["speedup_high"]]).all():
         return bool(first["speedup_low"] > second["speedup_high"])
     return bool(first["p90_ms"] < second["median_ms"])
