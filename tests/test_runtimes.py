@@ -105,7 +105,6 @@ def test_eager_mode_int8_is_refused_by_inductor_with_a_sentence(files):
 
 
 def test_without_a_compiler_inductor_says_what_to_install(files, monkeypatch, tmp_path):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", _no_compiler)
     with pytest.raises(StudyError, match="install g"):
         export_aotinductor(files[1]["fp32"], tmp_path / "fp32.pt2")
