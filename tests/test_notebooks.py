@@ -8,6 +8,7 @@ import time
 
 import nbformat
 import pytest
+import torch
 from conftest import ROOT, papermill, run
 
 from helpers.parameters import NOTEBOOKS
@@ -50,8 +51,15 @@ def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
     accuracy, latency = tables["accuracy"], tables["latency"]
     explained = set(re.findall(r"`(\w+)`", (ROOT / "book" / "methods.md").read_text()))
     assert {"fp32", "ptq", "qat", *accuracy.arm} <= explained and {*accuracy.runtime} <= explained
-    refused = tables["exports"][tables["exports"].reason != ""].runtime  # no compiler, no bfloat16
-    assert set(RUNTIMES) - {*refused} <= {*accuracy.runtime}
+    exports = tables["exports"]
+    refused = set(exports[exports.reason != ""][["arm", "runtime"]].itertuples(index=False, name=None))
+    wanted = {("fp32", runtime) for runtime in RUNTIMES} | {
+        ("ptq_longer_trimmed", "openvino"),
+        ("qat_nncf", "openvino"),
+    }
+    wanted |= {(f"{how}_pt2e", runtime) for how in ("ptq", "qat") for runtime in PT2E_RUNTIMES}
+    assert wanted - refused <= set(accuracy[["arm", "runtime"]].itertuples(index=False, name=None))
+    assert {row for row in refused if not _may_be_refused(*row)} == set()
     assert set(latency.engine) == {"", *ENGINES}
     scored = set(accuracy[["arm", "runtime", "engine"]].itertuples(index=False, name=None))
     assert set(latency[["arm", "runtime", "engine"]].itertuples(index=False, name=None)) <= scored
@@ -60,6 +68,19 @@ def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
     assert (accuracy.correct / accuracy.n == accuracy.accuracy).all()
     for table, rows in (("table1", 6), ("table2", 4)):
         assert (smoke / "book" / "results" / f"{table}.md").read_text().count("<tr>") == 1 + rows
+
+
+PT2E_RUNTIMES = ("inductor", "aotinductor", "onnxruntime", "openvino")
+
+
+def _may_be_refused(arm, runtime):
+    """Whether a row has a reason to be missing on some machine."""
+    compiled = runtime in ("inductor", "aotinductor") or arm == "qat_nncf"
+    return (
+        (arm, runtime) in (("ptq", "inductor"), ("fp32", "openvino_bf16"))
+        or (compiled and not shutil.which("g++"))
+        or (arm == "qat_nncf" and torch.cuda.is_available())
+    )
 
 
 def test_a_second_study_finds_everything_done(smoke):

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,26 @@ def test_torch_s_ops_are_split_into_kernels_and_wrappers():
     assert not kernel["aten::conv2d"] and not kernel["aten::convolution"] and not kernel["aten::empty"]
     assert sum("conv" in op for op, computes in kernel.items() if computes) == 1
     assert next(row for row in ops if row["op"] == "aten::conv2d")["count"] == 1
+
+
+def test_the_times_of_operators_are_those_of_one_call(monkeypatch):
+    """Two calls, 5 + 1 and 2 + 3 microseconds: the second one is reported, not the least of each operator."""
+    calls = iter([[], [], [("aten::a", 5), ("aten::b", 1)], [("aten::a", 2), ("aten::b", 3)]])
+    happened = []
+
+    class Profile:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            ops = [{"name": op, "self_cpu_time_total": time, "cpu_children": []} for op, time in happened]
+            self.function_events = [SimpleNamespace(**op) for op in ops]
+
+    def predictor(_images):
+        happened[:] = next(calls)
+
+    monkeypatch.setattr("torch.autograd.profiler.profile", Profile)
+    assert {row["op"]: row["ms"] for row in torch_ops(predictor, None, calls=2)} == {"aten::a": 0.002, "aten::b": 0.003}
 
 
 def test_openvino_s_nodes_carry_pytorch_s_names(tmp_path):

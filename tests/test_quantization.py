@@ -240,3 +240,25 @@ def test_one_extreme_image_widens_every_range_but_that_of_the_images():
         widths[name.removesuffix("_per_channel").removesuffix("_per_tensor")] = 127 * float(scale)
     assert widths.pop("image_percentile") == pytest.approx(1, abs=0.1)
     assert min(widths.values()) > 10, widths
+
+
+@pytest.mark.parametrize("trimmed", ["before", "after"])
+@pytest.mark.parametrize("form", ["float", "prepared", "prepared_qat", "prepared_observer_only"])
+def test_a_saved_trimmed_arm_comes_back_to_the_last_bit(form, trimmed, tmp_path):
+    model = build_model("resnet18").train()
+    model(IMAGES)
+    model = trim_dead_taps(model.eval(), 32) if trimmed == "before" else model.eval()
+    qconfig = QCONFIGS["minmax_per_channel"]
+    made = {
+        "float": lambda: model,
+        "prepared": lambda: prepare(fuse(model), qconfig),
+        "prepared_qat": lambda: prepare_qat(fuse_for_qat(model)),
+        "prepared_observer_only": lambda: prepare_qat(fuse(model), qconfig),
+    }[form]()
+    made.train(form.startswith("prepared_"))(IMAGES)
+    path = tmp_path / "arm.safetensors"
+    of = {"arch": "resnet18", "form": form, "qconfig": "minmax_per_channel", "trimmed": trimmed}
+    save_weights(path, made.state_dict(), of)
+    kept = made if form == "float" else convert(made, "fbgemm")
+    kept = trim_dead_taps(kept, 32) if trimmed == "after" else kept
+    assert torch.equal(load_arm(path, "fbgemm")(IMAGES), kept(IMAGES))

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from helpers.files import StudyError
 from helpers.models import build_model, count_parameters, module_predictor, save_weights
+from helpers.profiling import onednn_reordered
 from helpers.pt2e import convert_pt2e, prepare_pt2e, prepared_state
 from helpers.quantization import QCONFIGS, calibrate, convert, fuse, load_arm, prepare, weight_bytes
 from helpers.runtimes import (
@@ -103,10 +105,30 @@ def test_eager_mode_int8_is_refused_by_inductor_with_a_sentence(files):
 
 
 def test_without_a_compiler_inductor_says_what_to_install(files, monkeypatch, tmp_path):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", _no_compiler)
     with pytest.raises(StudyError, match="install g"):
         export_aotinductor(files[1]["fp32"], tmp_path / "fp32.pt2")
+
+
+@pytest.mark.skipif(not COMPILER, reason="needs a compiler")
+def test_a_package_copies_no_weights_in_its_calls_whatever_the_threads_of_its_exporter(tmp_path, capfd):
+    """A layer of ResNet18 that oneDNN (3.12, AVX-512) packs in one way for 1 or 3 threads and in another for 2 or 4."""
+    net = nn.Sequential(nn.Conv2d(3, 256, 1), nn.ReLU(), nn.Conv2d(256, 512, 1, stride=2)).eval()
+    before = torch.get_num_threads()
+    export_aotinductor(net, tmp_path / "net.pt2", threads=(1, 2), size=2)
+    assert torch.get_num_threads() == before
+    image = np.zeros((1, 3, 2, 2), np.float32)
+    try:
+        for threads in (1, 2):
+            predictor = load_predictor(tmp_path / "net.pt2", "aotinductor", threads)
+            predictor(image)
+            capfd.readouterr()
+            with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+                predictor(image)
+            said = capfd.readouterr().out
+            assert ",exec,cpu,convolution," in said and onednn_reordered(said) == set(), threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def _no_compiler():
@@ -121,6 +143,22 @@ def test_openvino_files_keep_float32_and_shrink_fourfold_when_quantized(files):
     quantize_openvino(folder / "fp32.xml", IMAGES, folder / "ptq_nncf.xml")
     assert artifact_bytes(folder / "ptq_nncf.xml") < artifact_bytes(folder / "fp32.xml") / 3.5
     assert {layer["precision"] for layer in layers_run_as(folder / "ptq_nncf.xml", "openvino")} == {"int8"}
+
+
+def test_an_ir_whose_writing_fails_leaves_what_was_there(files, tmp_path, monkeypatch):
+    path = tmp_path / "model.xml"
+    convert_to_openvino(files[0] / "ptq.onnx", path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert sorted(before) == ["model.bin", "model.xml"]
+
+    def fail(_model, aside, **_):
+        aside.with_suffix(".bin").write_bytes(b"half")
+        raise RuntimeError("power")
+
+    monkeypatch.setattr("openvino.save_model", fail)
+    with pytest.raises(StudyError, match="OpenVINO does not convert it .RuntimeError: power"):
+        convert_to_openvino(files[0] / "fp32.onnx", path)
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
 
 def test_weights_are_counted_in_the_file_itself(files):

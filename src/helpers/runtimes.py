@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
@@ -63,6 +63,21 @@ GRAPH_OPSET = 18  # the least that the newer exporter writes
 INDUCTOR = {"freezing": True, "cpp.dynamic_threads": True}
 
 
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Turn what a tool raises into a StudyError, so that a row that cannot be had ends no notebook; what: the sentence."""
+    try:
+        yield
+    except StudyError:
+        raise
+    except Exception as error:  # each tool has its own, and dynamo wraps what Inductor raises
+        chain = [error, error.__cause__, getattr(error, "inner_exception", None)]
+        if any(type(link).__name__ == "InvalidCxxCompiler" for link in chain):
+            raise StudyError("Inductor found no C++ compiler; install g++ (Debian: apt-get install g++).") from error
+        first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise StudyError(f"{what} ({first_line}).") from error
+
+
 def export_torchscript(model: nn.Module, path: Path) -> None:
     """Script, freeze (weights become constants, so batch norm can be folded) and save a model in eval mode."""
     frozen = torch.jit.freeze(torch.jit.script(model.eval()))
@@ -96,10 +111,11 @@ def _check_onnx(aside: Path, path: Path) -> None:
         raise StudyError(f"{path.name} does not pass the ONNX checker ({error}).") from error
 
 
+@_refused("PyTorch's newer ONNX exporter does not write it")
 def export_onnx_graph(graph: nn.Module, path: Path, size: int = 32) -> None:
     """Write an exported graph (see `pt2e`) as ONNX with a free batch size by the newer, dynamo-based exporter, and check it.
 
-    Raises StudyError when the file does not pass ONNX's own checker.
+    Raises StudyError when the exporter fails, or the file does not pass ONNX's own checker.
     """
     with whole_file(path) as aside, torch.no_grad(), redirect_stdout(io.StringIO()):
         torch.onnx.export(
@@ -110,10 +126,11 @@ def export_onnx_graph(graph: nn.Module, path: Path, size: int = 32) -> None:
         _check_onnx(aside, path)
 
 
+@_refused("ONNX Runtime does not quantize it")
 def quantize_onnxruntime(float_path: Path, images: Tensor, path: Path) -> None:
     """Quantize a float ONNX file by ONNX Runtime's static quantization: QDQ, weights per channel, its own defaults else.
 
-    images: float32 [N, 3, H, W], normalised, for its min-max calibration.
+    images: float32 [N, 3, H, W], normalised, for its min-max calibration. Raises StudyError with what it said when it fails.
     """
 
     class Reader(onnxruntime.quantization.CalibrationDataReader):
@@ -132,39 +149,51 @@ def quantize_onnxruntime(float_path: Path, images: Tensor, path: Path) -> None:
         )
 
 
-def export_aotinductor(model: nn.Module, path: Path, size: int = 32) -> None:
-    """Compile a float model or a converted graph ahead of time, for one image a call, into a package that needs no Python.
+def export_aotinductor(model: nn.Module, path: Path, threads: Sequence[int] = (1,), size: int = 32) -> None:
+    """Compile a float model or a converted graph ahead of time, for one image a call, into packages that need no Python.
 
     Compiling for one shape lets Inductor pack the weights: with a free batch size (torch 2.14) they are reordered in every
-    call, which makes ResNet18 five times slower. Raises StudyError when there is no C++ compiler.
+    call, which makes ResNet18 five times slower. oneDNN packs for a number of threads, too: under another one it may copy
+    weights into another layout in every call, so each of `threads` gets a package of its own, and `load_predictor` takes
+    the one that fits. `path` is the package for the last of them, which serves any other count.
+    Raises StudyError when there is no C++ compiler, or with what Inductor said.
     """
-    with whole_file(path) as aside, torch.no_grad():
-        program = torch.export.export(model, (torch.zeros(1, 3, size, size),))
-        aside.unlink()
-        with _compiler_needed():
-            torch._inductor.aoti_compile_and_package(program, package_path=str(aside), inductor_configs=INDUCTOR)
-
-
-@contextmanager
-def _compiler_needed() -> Iterator[None]:
+    for earlier in path.parent.glob(f"{path.stem}.*{path.suffix}"):
+        earlier.unlink()
+    before = torch.get_num_threads()
     try:
-        yield
-    except Exception as error:  # dynamo wraps what Inductor raises
-        chain = [error, error.__cause__, getattr(error, "inner_exception", None)]
-        if any(type(link).__name__ == "InvalidCxxCompiler" for link in chain):
-            raise StudyError("Inductor found no C++ compiler; install g++ (Debian: apt-get install g++).") from error
-        raise
+        with _refused("Inductor does not compile it"), torch.no_grad():
+            program = torch.export.export(model, (torch.zeros(1, 3, size, size),))
+            for count in threads:
+                torch.set_num_threads(count)
+                with whole_file(path if count == threads[-1] else _package(path, count)) as aside:
+                    aside.unlink()
+                    torch._inductor.aoti_compile_and_package(
+                        program, package_path=str(aside), inductor_configs=INDUCTOR
+                    )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _package(path: Path, threads: int) -> Path:
+    return path.with_suffix(f".{threads}{path.suffix}")
 
 
 def save_openvino(model: "openvino.Model", path: Path) -> None:
     """Write an OpenVINO IR: `path` (.xml) and the .bin beside it. Weights keep their type (the default would halve them)."""
     with whole_file(path) as aside:
-        openvino.save_model(model, aside, compress_to_fp16=False)
-        aside.with_suffix(".bin").replace(path.with_suffix(".bin"))
+        weights = aside.with_suffix(".bin")
+        try:
+            openvino.save_model(model, aside, compress_to_fp16=False)
+            path.unlink(missing_ok=True)  # a graph never stands beside the weights of another one
+            weights.replace(path.with_suffix(".bin"))
+        finally:
+            weights.unlink(missing_ok=True)
 
 
+@_refused("OpenVINO does not convert it")
 def convert_to_openvino(onnx_path: Path, path: Path) -> None:
-    """Convert an ONNX file to an OpenVINO IR at `path` (.xml)."""
+    """Convert an ONNX file to an OpenVINO IR at `path` (.xml). Raises StudyError with what OpenVINO said when it fails."""
     save_openvino(openvino.convert_model(onnx_path), path)
 
 
@@ -175,6 +204,7 @@ def quantize_openvino(float_path: Path, images: Tensor, path: Path) -> None:
     save_openvino(nncf.quantize(model, calibration, subset_size=len(images)), path)
 
 
+@_refused("NNCF's accuracy control does not quantize it")
 def quantize_openvino_controlled(
     float_path: Path, images: Tensor, held_out: tuple[Tensor, Tensor], path: Path, max_drop: float = 0.005
 ) -> None:
@@ -182,6 +212,7 @@ def quantize_openvino_controlled(
 
     held_out: validation images, float32 [N, 3, H, W], normalised, and labels [N], that decide: all are scored after each
     layer that goes back, and as many as there are calibration images rank the layers. Few images let chance decide.
+    Raises StudyError with what NNCF said when it fails.
     """
     pictures, labels = held_out[0].numpy(), held_out[1].numpy()
 
@@ -211,19 +242,16 @@ def prepare_qat_nncf(model: nn.Module, images: Tensor) -> nn.Module:
         raise StudyError("NNCF's QAT found no C++ compiler; install g++ (Debian: apt-get install g++).")
     os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # a slow machine needs more than its 60 s
     calibration = nncf.Dataset([image.unsqueeze(0) for image in images])
-    prepared = nncf.quantize(copy.deepcopy(model).eval(), calibration, subset_size=len(images))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        with torch.no_grad():
-            prepared.to(device)(images[:1].to(device))
-    except Exception as error:  # of NNCF, of the compiler or of the loader of what it compiled
-        first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise StudyError(f"NNCF's QAT does not run on this machine's {device} ({first_line}).") from error
+    with _refused(f"NNCF's QAT does not run on this machine's {device}"), torch.no_grad():
+        prepared = nncf.quantize(copy.deepcopy(model).eval(), calibration, subset_size=len(images))
+        prepared.to(device)(images[:1].to(device))
     return prepared.to("cpu")
 
 
+@_refused("OpenVINO does not convert it")
 def export_qat_nncf(model: nn.Module, path: Path, size: int = 32) -> None:
-    """Convert a model that `prepare_qat_nncf` made to an OpenVINO IR at `path` (.xml)."""
+    """Convert a model that `prepare_qat_nncf` made to an OpenVINO IR at `path` (.xml). Raises StudyError when that fails."""
     with warnings.catch_warnings():  # tracing compares two runs of a rounding function and finds ties broken otherwise
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         shape = openvino.PartialShape([-1, 3, size, size])
@@ -278,7 +306,7 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
         if runtime == "inductor":
             return _inductor(load_arm(path))
         if runtime == "aotinductor":
-            return _aotinductor(path)
+            return _aotinductor(path, threads or torch.get_num_threads())
         return _onnxruntime(path, threads) if runtime == "onnxruntime" else _openvino(path, threads, runtime)
     except StudyError:
         raise
@@ -300,14 +328,15 @@ def _inductor(model: nn.Module) -> Predictor:
     compiled = module_predictor(torch.compile(graph, dynamic=False))
 
     def predictor(images: np.ndarray) -> np.ndarray:
-        with _compiler_needed():
+        with _refused("Inductor does not compile it"):
             return compiled(images)
 
     return predictor
 
 
-def _aotinductor(path: Path) -> Predictor:
-    package = torch._inductor.aoti_load_package(str(path))
+def _aotinductor(path: Path, threads: int) -> Predictor:
+    fitting = _package(path, threads)
+    package = torch._inductor.aoti_load_package(str(fitting if fitting.exists() else path))
 
     def predictor(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -372,7 +401,7 @@ def first_call(path: Path, runtime: str, images: np.ndarray, engine: str = "fbge
     def one_try() -> float:
         started = time.perf_counter()
         predictor = load_predictor(path, runtime, engine=engine)
-        with fresh_cache() if runtime == "inductor" else nullcontext():
+        with fresh_cache() if runtime == "inductor" else nullcontext(), _refused(f"{runtime} does not run it"):
             predictor(images)
             return 1e3 * (time.perf_counter() - started)
 
