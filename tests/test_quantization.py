@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import run
 from torch import nn
 
@@ -28,6 +29,7 @@ from helpers.quantization import (
     load_arm,
     prepare,
     prepare_qat,
+    ptq_report,
     qconfig_named,
     qconfig_of_width,
     quantize_only,
@@ -98,6 +100,20 @@ def test_the_report_finds_the_layer_whose_range_one_image_stretched(model):
     assert [name for name in before if after[name]["spread"] > 2 * before[name]["spread"]] == ["layer3.0.conv1"]
     lost = before["layer3.0.conv1"]["sqnr_typical_db"] - after["layer3.0.conv1"]["sqnr_typical_db"]
     assert lost == pytest.approx(20 * np.log10(8), abs=4)  # eight times the step
+
+
+def test_the_check_of_your_own_resnet_sees_the_collapse_that_one_image_makes():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mine = torchvision.models.resnet18(num_classes=10).train()
+    for _ in range(3):
+        mine(IMAGES)
+    extreme = torch.cat([IMAGES, 1000 * IMAGES[:1]])
+    before = copy.deepcopy(mine.state_dict())
+    (kept, rows), (kept_then, rows_then) = (ptq_report(mine, shown, IMAGES) for shown in (IMAGES, extreme))
+    assert kept > 0.8 and rows[0]["levels"] == min(row["levels"] for row in rows) > 16
+    assert kept_then < 0.5 and max(row["levels"] for row in rows_then if row["layer"] != "fc") < 16
+    assert mine.training and all(torch.equal(before[name], value) for name, value in mine.state_dict().items())
 
 
 def test_percentile_ranges_leave_out_the_tails():

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
 
 from helpers.files import StudyError
-from helpers.models import BottleneckWithoutSecondReLU, calibrate, run_hooked
+from helpers.models import BottleneckWithoutSecondReLU, as_quantizable, calibrate, run_hooked
 
 # Announced years ahead and still in torch 2.14; the study measures this path because the reference study took it.
 warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
@@ -297,13 +298,12 @@ def activation_report(simulated: nn.Module, images: Tensor) -> list[dict[str, fl
             low = -step * int(quantizer.zero_point)
             high = low + step * (quantizer.quant_max - quantizer.quant_min)
             rounded = (torch.round((x - low) / step) * step + low).clamp(low, high)
-            signal, noise = (part.square().sum(1).clamp(min=1e-30) for part in (x, x - rounded))
             typical = max(float(x.abs().amax(1).median()), step / 2)  # smaller values are rounded to zero anyway
             rows[layer] = {
                 **{"layer": layer, "range": high - low, "typical": typical},
                 **{"spread": (high - low) / typical, "levels": typical / step},
-                "sqnr_db": float(10 * torch.log10(signal.sum() / noise.sum())),
-                "sqnr_typical_db": float(10 * torch.log10(signal / noise).median()),
+                "sqnr_db": _sqnr(x, rounded),
+                "sqnr_typical_db": _sqnr(x, rounded, typical=True),
             }
 
         return hook
@@ -318,19 +318,38 @@ def activation_report(simulated: nn.Module, images: Tensor) -> list[dict[str, fl
     return list(rows.values())
 
 
-def layer_sqnr(reference: nn.Module, quantized: nn.Module, images: Tensor) -> dict[str, float]:
+def ptq_report(
+    model: ResNet, calibration: Tensor, probe: Tensor, qconfig: str = "histogram_per_channel"
+) -> tuple[float, list[dict[str, float | str]]]:
+    """What PTQ would make of a torchvision ResNet, float, as it is: does it collapse, and in which layers?
+
+    calibration, probe: disjoint images as the model was trained on, float32 [N, 3, H, W], normalised; qconfig: one of
+    QCONFIGS. Returns the fraction of the probed images that keep the float model's class, and the rows of
+    `activation_report`, fewest levels first. INT8 is simulated. Raises StudyError for blocks that are not torchvision's and
+    for an unknown qconfig.
+    """
+    simulated = simulate(fuse(as_quantizable(model)), qconfig_named(qconfig), calibration)
+    with torch.inference_mode():
+        kept = simulated(probe).argmax(1) == copy.deepcopy(model).eval()(probe).argmax(1)
+    return float(kept.float().mean()), sorted(activation_report(simulated, probe), key=lambda row: row["levels"])
+
+
+def layer_sqnr(reference: nn.Module, quantized: nn.Module, images: Tensor, typical: bool = False) -> dict[str, float]:
     """Signal-to-quantization-noise ratio in dB of each convolution's and the classifier's output, in order of execution.
 
     reference: the fused float model; quantized: what `convert` made of it; images: float32 [N, 3, H, W], normalised.
-    SQNR = 10 log10(sum x^2 / sum (x - q)^2), x the float output and q the dequantised INT8 output; noise that earlier
-    layers made is included. 6 dB are about one bit.
+    SQNR = 10 log10(sum x^2 / sum (x - q)^2), x the float output and q the dequantised INT8 output, over all images
+    together, or with `typical` for each image alone, of which the median; noise that earlier layers made is included.
+    6 dB are about one bit.
     """
     names = [n for n, m in quantized.named_modules() if isinstance(m, nnq.Conv2d | nnq.Linear)]
     expected, got = (_outputs(model, names, images) for model in (reference, quantized))
-    return {
-        name: float(10 * torch.log10(expected[name].square().sum() / (expected[name] - got[name]).square().sum()))
-        for name in expected
-    }
+    return {name: _sqnr(expected[name], got[name], typical) for name in expected}
+
+
+def _sqnr(x: Tensor, q: Tensor, typical: bool = False) -> float:
+    signal, noise = (part.flatten(1).square().sum(1).clamp(min=1e-30) for part in (x, x - q))
+    return float(10 * torch.log10((signal / noise).median() if typical else signal.sum() / noise.sum()))
 
 
 def _outputs(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Tensor]:
