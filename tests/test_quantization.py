@@ -183,7 +183,8 @@ def test_weights_can_get_another_rule_after_calibration(observer):
 @pytest.mark.parametrize("width", ["w4a8", "w4a4"])
 def test_so_many_bits_leave_so_many_levels(width, qat):
     weight_bits, activation_bits = WIDTHS[width]
-    model, qconfig = build_model("resnet18").eval(), qconfig_of_width(*WIDTHS[width], qat)
+    model = build_model("resnet18").eval()
+    qconfig = qconfig_of_width(*WIDTHS[width], "" if qat else "histogram_per_channel")
     simulated = prepare_qat(fuse_for_qat(model), qconfig) if qat else simulate(fuse(model), qconfig, IMAGES)
     simulated.train(qat)(IMAGES)
     weights = simulated.fc.weight_fake_quant(simulated.fc.weight) if qat else simulated.fc.weight
@@ -197,13 +198,23 @@ def test_so_many_bits_leave_so_many_levels(width, qat):
 
 
 def test_qat_at_8_bits_simulates_the_int8_model_that_it_becomes(model):
-    qat = prepare_qat(fuse_for_qat(model), qconfig_of_width(*WIDTHS["w8a8"], qat=True))
+    qat = prepare_qat(fuse_for_qat(model), qconfig_of_width(*WIDTHS["w8a8"]))
     for _ in range(10):  # until the ranges have settled
         qat(IMAGES)
     freeze_near_the_end(qat, 0.95)
     with torch.inference_mode():
         simulated, int8 = qat.eval()(IMAGES), convert(qat, "fbgemm")(IMAGES)
     assert np.corrcoef(simulated.flatten(), int8.flatten())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("name", QCONFIGS)
+def test_ptq_at_8_bits_simulates_the_scales_that_are_served(name):
+    fused = fuse(build_model("resnet18").eval())
+    prepared = prepare(fused, QCONFIGS[name])
+    calibrate(prepared, IMAGES)
+    served, simulated = convert(prepared, "fbgemm"), simulate(fused, qconfig_of_width(*WIDTHS["w8a8"], name), IMAGES)
+    for layer, quantizer in activation_quantizers(simulated).items():
+        assert float(served.get_submodule(layer).scale) == float(quantizer.scale)
 
 
 def test_ranges_rest_near_the_end_of_qat_and_not_before():

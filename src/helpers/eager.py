@@ -119,34 +119,29 @@ class WidthHistogramObserver(tq.HistogramObserver):
 WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
 
 
-def qconfig_of_width(weight_bits: int, activation_bits: int, qat: bool = False) -> tq.QConfig:
-    """The qconfig that rounds weights and activations to so many bits: for `simulate`, or with `qat` for `prepare_qat`.
+def qconfig_of_width(weight_bits: int, activation_bits: int, ptq: str = "") -> tq.QConfig:
+    """The qconfig that rounds weights and activations to so many bits: for `prepare_qat`, or for `simulate`.
 
-    Weights are symmetric per channel, activations affine per tensor, like PyTorch's own qconfigs for x86 CPUs, which are
-    what 8 and 8 bits give. Below that nothing converts it: narrower integers exist in simulation only. Raises StudyError
-    for bits outside 2 to 8.
+    ptq: one of QCONFIGS, whose observers `simulate` is to use; empty: QAT's own. 8 and 8 bits give that qconfig, or
+    QAT_QCONFIG, as they are; below that weights are symmetric and activations affine per tensor as in them, but nothing
+    converts it: narrower integers exist in simulation only. Raises StudyError for bits outside 2 to 8 and for an unknown
+    qconfig.
     """
+    served = qconfig_named(ptq) if ptq else QAT_QCONFIG
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
         if not 2 <= bits <= 8:
             raise StudyError(f"{name} is {bits}; allowed are 2 to 8.")
     if (weight_bits, activation_bits) == (8, 8):
-        return QAT_QCONFIG if qat else next(iter(QCONFIGS.values()))
+        return served
     # No reduce_range here: it keeps sums of 8-bit times 8-bit products from saturating in 16 bits, which narrower ones
     # never reach, and it would take a bit away from every activation.
     weights = {"quant_min": -(2 ** (weight_bits - 1)), "quant_max": 2 ** (weight_bits - 1) - 1}
-    weights |= {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
     activations = {"quant_min": 0, "quant_max": 2**activation_bits - 1}
-    if qat:
-        return tq.QConfig(
-            activation=AutocastFakeQuantize.with_args(observer=tq.MovingAverageMinMaxObserver, **activations),
-            weight=tq.FusedMovingAvgObsFakeQuantize.with_args(
-                observer=tq.MovingAveragePerChannelMinMaxObserver, **weights
-            ),
-        )
-    return tq.QConfig(
-        activation=WidthHistogramObserver.with_args(**activations),
-        weight=tq.PerChannelMinMaxObserver.with_args(**weights),
-    )
+    if ptq.startswith("histogram"):
+        return tq.QConfig(WidthHistogramObserver.with_args(**activations), served.weight.with_args(**weights))
+    # What has a narrower range (reduce_range) gets the whole one back.
+    whole = {"reduce_range": False} | activations
+    return tq.QConfig(served.activation.with_args(**whole), served.weight.with_args(**weights))
 
 
 def set_engine(engine: str) -> None:
