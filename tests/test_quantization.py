@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import run
 from torch import nn
 
@@ -28,6 +29,7 @@ from helpers.quantization import (
     load_arm,
     prepare,
     prepare_qat,
+    ptq_report,
     qconfig_named,
     qconfig_of_width,
     quantize_only,
@@ -100,6 +102,20 @@ def test_the_report_finds_the_layer_whose_range_one_image_stretched(model):
     assert lost == pytest.approx(20 * np.log10(8), abs=4)  # eight times the step
 
 
+def test_the_check_of_your_own_resnet_sees_the_collapse_that_one_image_makes():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mine = torchvision.models.resnet18(num_classes=10).train()
+    for _ in range(3):
+        mine(IMAGES)
+    extreme = torch.cat([IMAGES, 1000 * IMAGES[:1]])
+    before = copy.deepcopy(mine.state_dict())
+    (kept, rows), (kept_then, rows_then) = (ptq_report(mine, shown, IMAGES) for shown in (IMAGES, extreme))
+    assert kept > 0.8 and rows[0]["levels"] == min(row["levels"] for row in rows) > 16
+    assert kept_then < 0.5 and max(row["levels"] for row in rows_then if row["layer"] != "fc") < 16
+    assert mine.training and all(torch.equal(before[name], value) for name, value in mine.state_dict().items())
+
+
 def test_percentile_ranges_leave_out_the_tails():
     x = torch.cat([torch.linspace(-1, 1, 10_000), torch.tensor([1000.0] * 5)])
     ranges = {}
@@ -167,7 +183,8 @@ def test_weights_can_get_another_rule_after_calibration(observer):
 @pytest.mark.parametrize("width", ["w4a8", "w4a4"])
 def test_so_many_bits_leave_so_many_levels(width, qat):
     weight_bits, activation_bits = WIDTHS[width]
-    model, qconfig = build_model("resnet18").eval(), qconfig_of_width(*WIDTHS[width], qat)
+    model = build_model("resnet18").eval()
+    qconfig = qconfig_of_width(*WIDTHS[width], "" if qat else "histogram_per_channel")
     simulated = prepare_qat(fuse_for_qat(model), qconfig) if qat else simulate(fuse(model), qconfig, IMAGES)
     simulated.train(qat)(IMAGES)
     weights = simulated.fc.weight_fake_quant(simulated.fc.weight) if qat else simulated.fc.weight
@@ -181,13 +198,23 @@ def test_so_many_bits_leave_so_many_levels(width, qat):
 
 
 def test_qat_at_8_bits_simulates_the_int8_model_that_it_becomes(model):
-    qat = prepare_qat(fuse_for_qat(model), qconfig_of_width(*WIDTHS["w8a8"], qat=True))
+    qat = prepare_qat(fuse_for_qat(model), qconfig_of_width(*WIDTHS["w8a8"]))
     for _ in range(10):  # until the ranges have settled
         qat(IMAGES)
     freeze_near_the_end(qat, 0.95)
     with torch.inference_mode():
         simulated, int8 = qat.eval()(IMAGES), convert(qat, "fbgemm")(IMAGES)
     assert np.corrcoef(simulated.flatten(), int8.flatten())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("name", QCONFIGS)
+def test_ptq_at_8_bits_simulates_the_scales_that_are_served(name):
+    fused = fuse(build_model("resnet18").eval())
+    prepared = prepare(fused, QCONFIGS[name])
+    calibrate(prepared, IMAGES)
+    served, simulated = convert(prepared, "fbgemm"), simulate(fused, qconfig_of_width(*WIDTHS["w8a8"], name), IMAGES)
+    for layer, quantizer in activation_quantizers(simulated).items():
+        assert float(served.get_submodule(layer).scale) == float(quantizer.scale)
 
 
 def test_ranges_rest_near_the_end_of_qat_and_not_before():

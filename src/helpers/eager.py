@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
 
 from helpers.files import StudyError
-from helpers.models import BottleneckWithoutSecondReLU, calibrate, run_hooked
+from helpers.models import BottleneckWithoutSecondReLU, as_quantizable, calibrate, run_hooked
 
 # Announced years ahead and still in torch 2.14; the study measures this path because the reference study took it.
 warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
@@ -118,34 +119,29 @@ class WidthHistogramObserver(tq.HistogramObserver):
 WIDTHS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
 
 
-def qconfig_of_width(weight_bits: int, activation_bits: int, qat: bool = False) -> tq.QConfig:
-    """The qconfig that rounds weights and activations to so many bits: for `simulate`, or with `qat` for `prepare_qat`.
+def qconfig_of_width(weight_bits: int, activation_bits: int, ptq: str = "") -> tq.QConfig:
+    """The qconfig that rounds weights and activations to so many bits: for `prepare_qat`, or for `simulate`.
 
-    Weights are symmetric per channel, activations affine per tensor, like PyTorch's own qconfigs for x86 CPUs, which are
-    what 8 and 8 bits give. Below that nothing converts it: narrower integers exist in simulation only. Raises StudyError
-    for bits outside 2 to 8.
+    ptq: one of QCONFIGS, whose observers `simulate` is to use; empty: QAT's own. 8 and 8 bits give that qconfig, or
+    QAT_QCONFIG, as they are; below that weights are symmetric and activations affine per tensor as in them, but nothing
+    converts it: narrower integers exist in simulation only. Raises StudyError for bits outside 2 to 8 and for an unknown
+    qconfig.
     """
+    served = qconfig_named(ptq) if ptq else QAT_QCONFIG
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
         if not 2 <= bits <= 8:
             raise StudyError(f"{name} is {bits}; allowed are 2 to 8.")
     if (weight_bits, activation_bits) == (8, 8):
-        return QAT_QCONFIG if qat else next(iter(QCONFIGS.values()))
+        return served
     # No reduce_range here: it keeps sums of 8-bit times 8-bit products from saturating in 16 bits, which narrower ones
     # never reach, and it would take a bit away from every activation.
     weights = {"quant_min": -(2 ** (weight_bits - 1)), "quant_max": 2 ** (weight_bits - 1) - 1}
-    weights |= {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
     activations = {"quant_min": 0, "quant_max": 2**activation_bits - 1}
-    if qat:
-        return tq.QConfig(
-            activation=AutocastFakeQuantize.with_args(observer=tq.MovingAverageMinMaxObserver, **activations),
-            weight=tq.FusedMovingAvgObsFakeQuantize.with_args(
-                observer=tq.MovingAveragePerChannelMinMaxObserver, **weights
-            ),
-        )
-    return tq.QConfig(
-        activation=WidthHistogramObserver.with_args(**activations),
-        weight=tq.PerChannelMinMaxObserver.with_args(**weights),
-    )
+    if ptq.startswith("histogram"):
+        return tq.QConfig(WidthHistogramObserver.with_args(**activations), served.weight.with_args(**weights))
+    # What has a narrower range (reduce_range) gets the whole one back.
+    whole = {"reduce_range": False} | activations
+    return tq.QConfig(served.activation.with_args(**whole), served.weight.with_args(**weights))
 
 
 def set_engine(engine: str) -> None:
@@ -297,13 +293,12 @@ def activation_report(simulated: nn.Module, images: Tensor) -> list[dict[str, fl
             low = -step * int(quantizer.zero_point)
             high = low + step * (quantizer.quant_max - quantizer.quant_min)
             rounded = (torch.round((x - low) / step) * step + low).clamp(low, high)
-            signal, noise = (part.square().sum(1).clamp(min=1e-30) for part in (x, x - rounded))
             typical = max(float(x.abs().amax(1).median()), step / 2)  # smaller values are rounded to zero anyway
             rows[layer] = {
                 **{"layer": layer, "range": high - low, "typical": typical},
                 **{"spread": (high - low) / typical, "levels": typical / step},
-                "sqnr_db": float(10 * torch.log10(signal.sum() / noise.sum())),
-                "sqnr_typical_db": float(10 * torch.log10(signal / noise).median()),
+                "sqnr_db": _sqnr(x, rounded),
+                "sqnr_typical_db": _sqnr(x, rounded, typical=True),
             }
 
         return hook
@@ -318,19 +313,38 @@ def activation_report(simulated: nn.Module, images: Tensor) -> list[dict[str, fl
     return list(rows.values())
 
 
-def layer_sqnr(reference: nn.Module, quantized: nn.Module, images: Tensor) -> dict[str, float]:
+def ptq_report(
+    model: ResNet, calibration: Tensor, probe: Tensor, qconfig: str = "histogram_per_channel"
+) -> tuple[float, list[dict[str, float | str]]]:
+    """What PTQ would make of a torchvision ResNet, float, as it is: does it collapse, and in which layers?
+
+    calibration, probe: disjoint images as the model was trained on, float32 [N, 3, H, W], normalised; qconfig: one of
+    QCONFIGS. Returns the fraction of the probed images that keep the float model's class, and the rows of
+    `activation_report`, fewest levels first. INT8 is simulated. Raises StudyError for blocks that are not torchvision's and
+    for an unknown qconfig.
+    """
+    simulated = simulate(fuse(as_quantizable(model)), qconfig_named(qconfig), calibration)
+    with torch.inference_mode():
+        kept = simulated(probe).argmax(1) == copy.deepcopy(model).eval()(probe).argmax(1)
+    return float(kept.float().mean()), sorted(activation_report(simulated, probe), key=lambda row: row["levels"])
+
+
+def layer_sqnr(reference: nn.Module, quantized: nn.Module, images: Tensor, typical: bool = False) -> dict[str, float]:
     """Signal-to-quantization-noise ratio in dB of each convolution's and the classifier's output, in order of execution.
 
     reference: the fused float model; quantized: what `convert` made of it; images: float32 [N, 3, H, W], normalised.
-    SQNR = 10 log10(sum x^2 / sum (x - q)^2), x the float output and q the dequantised INT8 output; noise that earlier
-    layers made is included. 6 dB are about one bit.
+    SQNR = 10 log10(sum x^2 / sum (x - q)^2), x the float output and q the dequantised INT8 output, over all images
+    together, or with `typical` for each image alone, of which the median; noise that earlier layers made is included.
+    6 dB are about one bit.
     """
     names = [n for n, m in quantized.named_modules() if isinstance(m, nnq.Conv2d | nnq.Linear)]
     expected, got = (_outputs(model, names, images) for model in (reference, quantized))
-    return {
-        name: float(10 * torch.log10(expected[name].square().sum() / (expected[name] - got[name]).square().sum()))
-        for name in expected
-    }
+    return {name: _sqnr(expected[name], got[name], typical) for name in expected}
+
+
+def _sqnr(x: Tensor, q: Tensor, typical: bool = False) -> float:
+    signal, noise = (part.flatten(1).square().sum(1).clamp(min=1e-30) for part in (x, x - q))
+    return float(10 * torch.log10((signal / noise).median() if typical else signal.sum() / noise.sum()))
 
 
 def _outputs(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Tensor]:
