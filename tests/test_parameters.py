@@ -46,9 +46,14 @@ def test_every_profile_uses_declared_parameters_only(name):
     [
         (
             ONE + "\nnotebooks: {01_train: {epoch: 3}}",
-            "epoch is not a parameter of 01_train",
+            "epoch is not a parameter of .*mine.yml: 01_train",
         ),
         (ONE + "\nnotebooks: {01_train: {epochs: 1e1x}}", "epochs is '1e1x'"),
+        (ONE + "\nnotebooks: {02_ptq: {arch: resnet34}}", "arch is not a parameter of .*mine.yml: 02_ptq"),
+        (
+            ONE[:-2] + ", notebooks: {09_ptq_collapse: {epochs: 1}}}]",
+            "09_ptq_collapse is not a parameter of .*mine.yml",
+        ),
         ("models: [{archs: [resnet99], recipes: [tuned], seeds: [0]}]", "models.0.archs.0 is 'resnet99'"),
         ("models: [{archs: [resnet18], recipes: [tuned], seed: [0]}]", "seed"),
         ("models: [", "is not YAML"),
@@ -76,29 +81,31 @@ def test_a_profile_trains_each_model_once_and_exports_those_of_its_first_recipe(
     assert len(profile.served()) == 4 and [model["seed"] for model in profile.timed()] == [1, 1]
 
 
-def test_a_record_of_other_images_is_not_reused(tmp_path):
-    save_record(str(tmp_path), "01_train-resnet18-tuned-s0", {"data": "digits", "limit": 0}, None, {})
-    record = tmp_path / "records" / "01_train-resnet18-tuned-s0.json"
-    ensure(record, "01_train", {"data": "digits", "limit": 0})
-    with pytest.raises(StudyError, match="data is 'cifar10', but .* was made with 'digits'"):
-        ensure(record, "01_train", {"data": "cifar10", "limit": 0})
+def test_a_record_of_other_images_or_another_quantization_is_not_reused(tmp_path):
+    made = {"data": "digits", "limit": 256, "qconfig": "histogram", "calibration_images": 256, "engine": "fbgemm"}
+    save_record(str(tmp_path), "02_ptq-resnet18-tuned-s0", made, None, {})
+    record = tmp_path / "records" / "02_ptq-resnet18-tuned-s0.json"
+    # Other kernels are no other model, and of 256 images no more than these can calibrate.
+    ensure(record, "02_ptq", made | {"calibration_images": 512, "engine": "x86", "epochs": 3})
+    for name, value in {"data": "cifar10", "qconfig": "minmax", "calibration_images": 64}.items():
+        with pytest.raises(StudyError, match=f"{name} is {value!r}, but .* was made with {made[name]!r}"):
+            ensure(record, "02_ptq", made | {name: value})
 
 
-def test_a_record_is_made_again_when_its_float_model_was_trained_anew(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("anew", ["01_train", "03_qat"])
+def test_a_record_is_made_again_when_what_it_was_made_from_was(tmp_path, monkeypatch, capsys, anew):
     made, settings = [], {"data": "digits", "limit": 0}
     monkeypatch.setattr("papermill.execute_notebook", lambda source, *_, **__: made.append(source.stem))
-    record = tmp_path / "records" / "02_ptq-resnet18-tuned-s0.json"
-    for minute, run_id in enumerate(["01_train-resnet18-tuned-s0", record.stem, "01_train-resnet18-tuned-s1"]):
+    record = tmp_path / "records" / "04_jit-resnet18-tuned-s0.json"
+    before = [f"{notebook}-resnet18-tuned-s0" for notebook in ("01_train", "02_ptq", "03_qat")]
+    for minute, run_id in enumerate([*before, record.stem, "01_train-resnet18-tuned-s1"]):
         save_record(str(tmp_path), run_id, settings, None, {})
         date_record(tmp_path / "records" / f"{run_id}.json", minute)
-    ensure(record, "02_ptq", settings)
+    ensure(record, "04_jit", settings)
     assert made == []  # another seed's training is nothing to it
-    date_record(tmp_path / "records" / "01_train-resnet18-tuned-s0.json", 3)
-    ensure(record, "02_ptq", settings)
-    assert (
-        made == ["02_ptq"]
-        and "is older than the training in 01_train-resnet18-tuned-s0.json" in capsys.readouterr().out
-    )
+    date_record(tmp_path / "records" / f"{anew}-resnet18-tuned-s0.json", 5)
+    ensure(record, "04_jit", settings)
+    assert made == ["04_jit"] and f"is older than {anew}-resnet18-tuned-s0.json" in capsys.readouterr().out
 
 
 def date_record(path, minute):

@@ -120,7 +120,9 @@ def build(book: Path) -> Path:
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise StudyError(f"{book} could not be built:\n{result.stdout[-2000:]}{result.stderr[-4000:]}")
+        lines = f"{result.stdout}\n{result.stderr}".splitlines()
+        said = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-20:]
+        raise StudyError("\n".join([f"{book} could not be built:", *said]))
     return book / "_build" / "html" / "index.html"
 
 
@@ -213,5 +215,7 @@ if __name__ == "__main__":
                 print(f"Open {published_book()}")
             case other:
                 raise StudyError(f"{other} is given; allowed are run PROFILE, publish PROFILE and published.")
-    except (StudyError, papermill.PapermillExecutionError) as error:
+    except StudyError as error:
+        sys.exit(f"book: {error}")
+    except papermill.PapermillExecutionError as error:
         sys.exit(f"book: {str(error).strip().splitlines()[-1]}")

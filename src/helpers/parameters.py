@@ -7,7 +7,7 @@ allowed words stand in the modules that they belong to.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from helpers.data import DATA_NAMES
 from helpers.files import StudyError, check_writable
 from helpers.models import ARCHS
 from helpers.quantization import ENGINES, LEGACY, NO_LEGACY, QCONFIG_NAMES
-from helpers.training import PRECISIONS, RECIPES
+from helpers.training import PRECISIONS, RECIPES, resolve_precision
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -74,6 +74,22 @@ NOTEBOOKS = (
     *OPTIONAL,
     "17_decide",
 )
+# Whose results a notebook takes, of the same model; those of notebook 9 are its own, and the last ones take what there is.
+NEEDS: dict[str, list[str]] = {
+    "01_train": [],
+    "02_ptq": ["01_train"],
+    "03_qat": ["01_train"],
+    "04_jit": ["02_ptq", "03_qat"],
+    "05_onnx_openvino": ["01_train", "02_ptq", "03_qat"],
+    "10_jpeg_copy": ["02_ptq"],
+    "11_dead_taps": ["02_ptq", "03_qat"],
+    "12_runtimes": ["05_onnx_openvino"],
+    "14_calibration": ["01_train"],
+    "15_bit_widths": ["03_qat"],
+    "16_what_accuracy_hides": ["04_jit", "05_onnx_openvino"],
+}
+# What a profile says with its models and its name, and nowhere else.
+OF_THE_MODEL = ("arch", "recipe", "seed", "archs", "run_dir")
 # These read the records of all others, and train or time nothing.
 READERS = ("07_analysis", "08_qat_or_longer", "17_decide")
 # These are about eager-mode INT8, and left out where PyTorch has none; the others run with the rows that exist.
@@ -200,12 +216,17 @@ def load_profile(name: str, folder: Path = Path("profiles")) -> Profile:
     profile = _validated(Profile, content, f"{path}: ")
     assert isinstance(profile, Profile)
     declared = {notebook: declared_parameters(notebook) for notebook in NOTEBOOKS}
-    _no_others(list(profile.common), sorted({key for keys in declared.values() for key in keys}), "any notebook")
+    settable = {notebook: [key for key in keys if key not in OF_THE_MODEL] for notebook, keys in declared.items()}
+    of_models = [notebook for notebook in NOTEBOOKS if "arch" in declared[notebook]]
+    _no_others(list(profile.common), sorted({key for keys in settable.values() for key in keys}), f"{path}: common")
     _checked(profile.common, f"{path}: common.")
-    for notebooks in (profile.notebooks, *(block.notebooks for block in profile.models)):
-        _no_others(list(notebooks), list(NOTEBOOKS), f"{path}, which names notebooks")
+    for notebooks, allowed in (
+        (profile.notebooks, NOTEBOOKS),
+        *((block.notebooks, of_models) for block in profile.models),
+    ):
+        _no_others(list(notebooks), list(allowed), f"{path}, which names notebooks here")
         for notebook, values in notebooks.items():
-            _no_others(list(values), declared[notebook], notebook)
+            _no_others(list(values), settable[notebook], f"{path}: {notebook}")
             _checked(values, f"{path}: {notebook}.")
     return profile
 
@@ -223,30 +244,56 @@ def declared_parameters(notebook: str, folder: Path = Path("notebooks")) -> list
 def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **chosen: Any) -> None:
     """Run `notebook` if its `record` is missing or stale, with those of `parameters` that it declares: any notebook runs alone.
 
-    A record is stale when its float model was trained again afterwards. chosen: parameters that win over `parameters`. The
-    executed notebook is kept beside the record's folder. Raises StudyError when the record is of other images.
+    A record is stale when a record that it was made from (NEEDS) was made again afterwards. chosen: parameters that win over
+    `parameters`. The executed notebook is kept beside the record's folder. Raises StudyError when the record was made with
+    other values of parameters that both notebooks have: other images, or another quantization.
     """
     record = Path(record)
+    asked = {**parameters, **chosen}
     why = f"{record} is missing"
     if record.exists():
         run = json.loads(record.read_text())["run"]
-        made = run["parameters"]
-        for name in ("data", "limit"):
-            if name in made and name in parameters and made[name] != parameters[name]:
-                raise StudyError(
-                    f"{name} is {parameters[name]!r}, but {record} was made with {made[name]!r}; give another run_dir, "
-                    f"or remove {record.parent.parent}."
-                )
-        training = record.with_name(record.name.replace(notebook, "01_train", 1))
-        if not training.exists() or run["date"] >= json.loads(training.read_text())["run"]["date"]:
+        _no_other_values(record, run["parameters"], asked)
+        newer = [other for other in _made_from(record, notebook) if other.exists() and _date(other) > run["date"]]
+        if not newer:
             return
-        why = f"{record} is older than the training in {training.name}"
+        why = f"{record} is older than {newer[0].name}, from which it was made"
     import papermill
 
     print(f"{why}; {notebook} makes it: running it now with the same settings.", flush=True)
-    declared = declared_parameters(notebook)
-    values = {key: value for key, value in {**parameters, **chosen}.items() if key in declared}
+    values = {key: value for key, value in asked.items() if key in declared_parameters(notebook)}
     executed = record.parent.parent / "notebooks" / f"{record.stem}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     source = Path("notebooks") / f"{notebook}.ipynb"
     papermill.execute_notebook(source, executed, values, progress_bar=False, log_output=False, cwd=os.getcwd())
+
+
+def _made_from(record: Path, notebook: str) -> Iterator[Path]:
+    """The records of the same model that a record was made from, directly or not; they need not exist."""
+    for other in NEEDS.get(notebook, []):
+        path = record.with_name(record.name.replace(notebook, other, 1))
+        yield path
+        yield from _made_from(path, other)
+
+
+def _date(record: Path) -> str:
+    return json.loads(record.read_text())["run"]["date"]
+
+
+def _no_other_values(record: Path, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise StudyError if a record was made with other values than are asked for.
+
+    Free are places, and the engine: it is chosen anew whenever INT8 weights are loaded. Records keep what a setting came
+    to: the precision behind `auto`, and no more calibration images than there are.
+    """
+    asked = dict(asked)
+    if "precision" in asked:
+        asked["precision"] = resolve_precision(asked["precision"])
+    if "calibration_images" in asked and asked.get("limit"):
+        asked["calibration_images"] = min(asked["calibration_images"], asked["limit"])
+    for name in sorted((made.keys() & asked.keys()) - {"run_dir", "data_dir", "engine"}):
+        if made[name] != asked[name]:
+            raise StudyError(
+                f"{name} is {asked[name]!r}, but {record} was made with {made[name]!r}; give that value or another run_dir, "
+                f"or remove {record.parent.parent}."
+            )
