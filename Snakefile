@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from helpers.parameters import LEFT_OUT, load_profile
+from helpers.parameters import LEFT_OUT, NEEDS, load_profile
 
 NAME = config.get("profile", "quick")
 PROFILE = load_profile(NAME)
@@ -54,27 +54,14 @@ rule all:
         f"{RUN}/book/_build/html/index.html",
 
 
-# What each notebook of a model needs. The first three run for every model, the next two for those that are exported, the
-# rest for one model of each arch or for the first model only: their question does not depend on seeds.
-NEEDS = {
-    "01_train": [],
-    "02_ptq": ["01_train"],
-    "03_qat": ["01_train"],
-    "04_jit": ["02_ptq", "03_qat"],
-    "05_onnx_openvino": ["01_train", "02_ptq", "03_qat"],
-    "10_jpeg_copy": ["02_ptq"],
-    "11_dead_taps": ["04_jit", "05_onnx_openvino"],
-    "12_runtimes": ["05_onnx_openvino"],
-    "14_calibration": ["01_train"],
-    "15_bit_widths": ["03_qat"],
-    "16_what_accuracy_hides": ["04_jit", "05_onnx_openvino"],
-}
 # What is left out where PyTorch has no eager-mode INT8 is not needed either.
 NEEDS = {
     notebook: [other for other in needed if other not in LEFT_OUT]
     for notebook, needed in NEEDS.items()
     if notebook not in LEFT_OUT
 }
+# The first three notebooks run for every model, the next two for those that are exported, the rest for one model of each
+# arch or for the first model only: their question does not depend on seeds.
 TRAINED, SERVED, TIMED = PROFILE.trained(), PROFILE.served(), PROFILE.timed()
 PLANNED = {
     **dict.fromkeys(("01_train", "02_ptq", "03_qat"), TRAINED),
@@ -109,9 +96,13 @@ for notebook, needed in NEEDS.items():
             PAPERMILL + "{input.notebook} {log} -y {params}"
 
 
-# Four ResNet50s of its own: it needs no other notebook.
+# Four ResNet50s of its own, and the study's if it trains one.
+OWN_RESNET50 = {"arch": "resnet50", "recipe": "tuned", "seed": FIRST["seed"]}
+
+
 rule ptq_collapse:
     input:
+        records("01_train", [OWN_RESNET50] if OWN_RESNET50 in TRAINED else []),
         notebook="notebooks/09_ptq_collapse.ipynb",
     output:
         update(COLLAPSE),

@@ -82,7 +82,7 @@ NEEDS: dict[str, list[str]] = {
     "04_jit": ["02_ptq", "03_qat"],
     "05_onnx_openvino": ["01_train", "02_ptq", "03_qat"],
     "10_jpeg_copy": ["02_ptq"],
-    "11_dead_taps": ["02_ptq", "03_qat"],
+    "11_dead_taps": ["04_jit", "05_onnx_openvino"],
     "12_runtimes": ["05_onnx_openvino"],
     "14_calibration": ["01_train"],
     "15_bit_widths": ["03_qat"],
