@@ -107,7 +107,7 @@ def test_the_first_page_shows_what_was_found(site, browser):
     browser.get(f"{site[0]}/intro.html")
     text = browser.find_element("css selector", ".bd-article").text
     assert "ResNet18" in text and "times as fast as eager FP32" in text and "95 %" in text
-    assert len(browser.find_elements("css selector", ".bd-article table")) == 4
+    assert len(browser.find_elements("css selector", ".bd-article table")) == 5
 
 
 def test_chapters_carry_the_code_of_their_notebooks(smoke):
@@ -130,7 +130,7 @@ def test_a_published_book_keeps_other_runs_and_takes_every_run_once(smoke, tmp_p
     readme.write_text("# Title\n<!-- found -->the text before<!-- end of found -->\nrest\n")
     publish("smoke", committed, readme)
     text = readme.read_text()
-    assert "times as fast as eager FP32" in text and "the text before" not in text and text.endswith("rest\n")
+    assert "times as fast" in text and "the text before" not in text and text.endswith("rest\n")
     once = read_results(committed / "results")
     foreign = once["training"].assign(run_id="01_train-resnet34-tuned-s0", arch="resnet34")
     pd.concat([once["training"], foreign]).to_csv(committed / "results" / "training.csv", index=False)
