@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from helpers.measure import speedup_interval, summarise, time_interleaved
+from helpers.measure import summarise, time_interleaved
 
 
 def test_every_candidate_is_timed_in_every_round_and_the_slower_one_is_slower():
@@ -50,20 +50,3 @@ def test_summary_by_hand():
     summary = summarise(np.arange(1.0, 12.0))
     assert (summary["median_ms"], summary["p90_ms"]) == (6.0, 10.0)
     assert summary["cv"] == pytest.approx(np.sqrt(10) / 6)
-
-
-def test_the_interval_of_a_speedup_uses_that_rounds_are_paired():
-    rounds = np.random.default_rng(0).lognormal(0, 0.5, 50)  # slow moments that hit both candidates alike
-    assert speedup_interval(3 * rounds, rounds, seed=0) == pytest.approx((3, 3))
-    shuffled = speedup_interval(3 * rounds, rounds[::-1].copy(), seed=0)
-    assert shuffled[0] < 2.9 and shuffled[1] > 3.1
-
-
-def test_the_interval_of_a_speedup_by_hand():
-    # Of two rounds a draw takes the first twice (a quarter of the draws), both (half) or the second twice (a quarter).
-    assert speedup_interval(np.array([4.0, 8.0]), np.array([2.0, 2.0]), seed=0) == (2.0, 4.0)
-    assert speedup_interval(np.array([5.0]), np.array([2.0]), seed=0) == (2.5, 2.5)
-    with pytest.raises(ValueError, match="both must be"):
-        speedup_interval(np.ones(2), np.ones(3), seed=0)
-    with pytest.raises(ValueError, match="not positive"):
-        speedup_interval(np.array([0.0]), np.ones(1), seed=0)

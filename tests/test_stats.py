@@ -10,6 +10,7 @@ from helpers.stats import (
     paired_bootstrap,
     seeds_interval,
     shown_faster,
+    speedup_interval,
     wilson_interval,
 )
 
@@ -61,6 +62,23 @@ def test_two_arms_are_compared_on_the_seeds_that_both_have():
     assert first.tolist() == [one.tolist(), two.tolist()] and second.tolist() == [zero.tolist(), one.tolist()]
     with pytest.raises(ValueError, match="none in common"):
         on_common_seeds({0: zero}, {1: zero})
+
+
+def test_the_interval_of_a_speedup_uses_that_rounds_are_paired():
+    rounds = np.random.default_rng(0).lognormal(0, 0.5, 50)  # slow moments that hit both candidates alike
+    assert speedup_interval(3 * rounds, rounds, seed=0) == pytest.approx((3, 3))
+    shuffled = speedup_interval(3 * rounds, rounds[::-1].copy(), seed=0)
+    assert shuffled[0] < 2.9 and shuffled[1] > 3.1
+
+
+def test_the_interval_of_a_speedup_by_hand():
+    # Of two rounds a draw takes the first twice (a quarter of the draws), both (half) or the second twice (a quarter).
+    assert speedup_interval(np.array([4.0, 8.0]), np.array([2.0, 2.0]), seed=0) == (2.0, 4.0)
+    assert speedup_interval(np.array([5.0]), np.array([2.0]), seed=0) == (2.5, 2.5)
+    with pytest.raises(ValueError, match="both must be"):
+        speedup_interval(np.ones(2), np.ones(3), seed=0)
+    with pytest.raises(ValueError, match="not positive"):
+        speedup_interval(np.array([0.0]), np.ones(1), seed=0)
 
 
 def test_a_row_is_faster_by_its_interval_or_where_there_is_none_by_its_p90():

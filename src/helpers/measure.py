@@ -60,32 +60,6 @@ def _wait_until_idle(limit_s: float = 1.0) -> None:
             return
 
 
-def speedup_interval(
-    baseline_ms: np.ndarray, candidate_ms: np.ndarray, seed: int, confidence: float = 0.95, draws: int = 2000
-) -> tuple[float, float]:
-    """Percentile interval for how many times faster a candidate is: median of `baseline_ms` over median of `candidate_ms`.
-
-    baseline_ms, candidate_ms: ms > 0, [rounds], of one `time_interleaved`: each draw takes rounds with replacement, the same
-    for both, so a slow moment that hit both counts for none. The ratio of the medians, not the median of the ratios of the
-    rounds, because it is the number beside which the interval is shown. It covers the rounds of one process; what another
-    start of it, or another machine, would give is not in it. seed: of the draws. Returns (low, high). Raises ValueError if
-    the shapes differ or a time is not positive. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993),
-    chapters 8 and 13.
-    """
-    if baseline_ms.shape != candidate_ms.shape or baseline_ms.ndim != 1 or not len(baseline_ms):
-        raise ValueError(
-            f"shapes {baseline_ms.shape} and {candidate_ms.shape}: both must be [rounds], with one at least"
-        )
-    if min(baseline_ms.min(), candidate_ms.min()) <= 0:
-        raise ValueError("a time is not positive; give milliseconds that a clock measured")
-    rounds = len(baseline_ms)
-    chosen = np.random.default_rng(seed).integers(0, rounds, (draws, rounds))
-    ratios = np.median(baseline_ms[chosen], axis=1) / np.median(candidate_ms[chosen], axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail])
-    return float(low), float(high)
-
-
 def seconds_of(call: Callable[..., object], *arguments: object) -> float:
     """Seconds that one call takes; what it returns is dropped."""
     started = time.perf_counter()

@@ -127,8 +127,8 @@ def save_record(
     data: tuple[str, str] | None,
     rows: Mapping[str, list[dict[str, Any]]],
     predictions: Mapping[str, np.ndarray] | None = None,
-    times: Mapping[str, np.ndarray] | None = None,
     pages: Mapping[str, str] | None = None,
+    times: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write what one run found: `run_dir`/records/`run_id`.json and, with `predictions` or `times`, the .npz beside it.
 
