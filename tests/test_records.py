@@ -9,7 +9,9 @@ import pytest
 from helpers.files import StudyError, whole_file
 from helpers.records import (
     COLUMNS,
+    Arm,
     accuracy_row,
+    arm_facts,
     commit,
     gather,
     open_results,
@@ -135,3 +137,17 @@ def test_models_that_write_the_same_page_follow_each_other_in_it(tmp_path):
         save_record(str(tmp_path / run_dir), f"13_x-{arch}", {}, None, {}, pages={"time.md": f"of {arch}"})
         gather(str(tmp_path / run_dir), tmp_path / "results", keep=True)
     assert (tmp_path / "results" / "time.md").read_text() == "of resnet18\n\nof resnet34\n"
+
+
+@pytest.mark.parametrize(
+    ("arm", "int8", "retrained", "eager_mode", "untrimmed"),
+    [
+        ("fp32_longer", False, True, False, "fp32_longer"),
+        ("ptq_longer_trimmed", True, True, True, "ptq_longer"),
+        ("qat_observer_only", True, True, True, "qat_observer_only"),
+        ("trimmed_ptq_nncf", True, False, False, "ptq_nncf"),
+        ("qat_pt2e", True, True, False, "qat_pt2e"),
+    ],
+)
+def test_the_name_of_an_arm_says_what_was_done_to_the_weights(arm, int8, retrained, eager_mode, untrimmed):
+    assert arm_facts(arm) == Arm(int8, retrained, eager_mode, untrimmed)

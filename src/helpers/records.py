@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,28 @@ ISA_FLAGS = (
     "i8mm",
     "bf16",
 )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What the name of an arm says was done to the weights, see `arm_facts`."""
+
+    int8: bool  # quantized
+    retrained: bool  # trained further than the fp32 arm, with or without quantization in the loop
+    eager_mode: bool  # quantized by PyTorch's eager mode, which is deprecated, wherever it runs then
+    untrimmed: str  # the same arm with its dead taps
+
+
+def arm_facts(arm: str) -> Arm:
+    """Read the name of an arm: ptq, qat, longer, the tool that quantized (nncf, pt2e, ort; else eager mode), trimmed."""
+    words = arm.split("_")
+    int8 = bool({"ptq", "qat"} & {*words})
+    return Arm(
+        int8=int8,
+        retrained=bool({"qat", "longer"} & {*words}),
+        eager_mode=int8 and not {"nncf", "pt2e", "ort"} & {*words},
+        untrimmed="_".join(word for word in words if word != "trimmed"),
+    )
 
 
 def run_name(notebook: str, arch: str = "", recipe: str = "", seed: int | None = None) -> str:
