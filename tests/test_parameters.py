@@ -83,11 +83,12 @@ def test_a_profile_trains_each_model_once_and_exports_those_of_its_first_recipe(
 
 def test_a_record_of_other_images_or_another_quantization_is_not_reused(tmp_path):
     made = {"data": "digits", "limit": 256, "qconfig": "histogram", "calibration_images": 256, "engine": "fbgemm"}
+    made |= {"precision": "bf16"}
     save_record(str(tmp_path), "02_ptq-resnet18-tuned-s0", made, None, {})
     record = tmp_path / "records" / "02_ptq-resnet18-tuned-s0.json"
-    # Other kernels are no other model, and of 256 images no more than these can calibrate.
-    ensure(record, "02_ptq", made | {"calibration_images": 512, "engine": "x86", "epochs": 3})
-    for name, value in {"data": "cifar10", "qconfig": "minmax", "calibration_images": 64}.items():
+    # Other kernels are no other model, `auto` takes what there is, and of 256 images no more than these can calibrate.
+    ensure(record, "02_ptq", made | {"calibration_images": 512, "engine": "x86", "epochs": 3, "precision": "auto"})
+    for name, value in {"data": "cifar10", "qconfig": "minmax", "calibration_images": 64, "precision": "fp32"}.items():
         with pytest.raises(StudyError, match=f"{name} is {value!r}, but .* was made with {made[name]!r}"):
             ensure(record, "02_ptq", made | {name: value})
 

@@ -19,7 +19,7 @@ from helpers.data import DATA_NAMES
 from helpers.files import StudyError, check_writable
 from helpers.models import ARCHS
 from helpers.quantization import ENGINES, LEGACY, NO_LEGACY, QCONFIG_NAMES
-from helpers.training import PRECISIONS, RECIPES, resolve_precision
+from helpers.training import PRECISIONS, RECIPES
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -283,12 +283,12 @@ def _date(record: Path) -> str:
 def _no_other_values(record: Path, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raise StudyError if a record was made with other values than are asked for.
 
-    Free are places, and the engine: it is chosen anew whenever INT8 weights are loaded. Records keep what a setting came
-    to: the precision behind `auto`, and no more calibration images than there are.
+    Free are places, the engine, which is chosen anew whenever INT8 weights are loaded, and a precision that is asked for as
+    `auto`: the machine that made the record had its own. Records keep no more calibration images than there are.
     """
     asked = dict(asked)
-    if "precision" in asked:
-        asked["precision"] = resolve_precision(asked["precision"])
+    if asked.get("precision") == "auto":
+        del asked["precision"]
     if "calibration_images" in asked and asked.get("limit"):
         asked["calibration_images"] = min(asked["calibration_images"], asked["limit"])
     for name in sorted((made.keys() & asked.keys()) - {"run_dir", "data_dir", "engine"}):
