@@ -161,7 +161,9 @@ def test_the_published_book_builds_and_the_readme_and_every_chapter_say_what_is_
 def code_of(path):
     cells = nbformat.read(path, as_version=4).cells
     return [
-        c.source for c in cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])
+        c.source
+        for c in cells
+        if c.cell_type == "code" and not {"setup", "injected-parameters"} & set(c.metadata.get("tags", []))
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, papermill, run
 
-from helpers.parameters import NOTEBOOKS
+from helpers.parameters import NOTEBOOKS, READERS
 from helpers.quantization import ENGINES
 from helpers.records import read_results
 from helpers.repository import repository_url, rewrite
@@ -81,6 +81,28 @@ def _may_be_refused(arm, runtime):
         or (compiled and not shutil.which("g++"))
         or (arm == "qat_nncf" and torch.cuda.is_available())
     )
+
+
+def test_the_readers_take_arms_that_have_other_seeds_and_models_that_were_only_scored(smoke, tmp_path):
+    records = tmp_path / "run" / "records"
+    shutil.copytree(smoke / "records", records)
+    for arch, seed in (("resnet18", 1), ("resnet50", 0)):
+        for notebook in ("01_train", "02_ptq"):
+            old, new = f"{notebook}-resnet18-tuned-s0", f"{notebook}-{arch}-tuned-s{seed}"
+            record = json.loads((records / f"{old}.json").read_text().replace(old, new))
+            for rows in record["tables"].values():
+                for row in rows:
+                    row |= {key: value for key, value in (("arch", arch), ("seed", seed)) if key in row}
+            (records / f"{new}.json").write_text(json.dumps(record))
+            shutil.copy(records / f"{old}.npz", records / f"{new}.npz")
+    for reader in READERS:
+        done = papermill(reader, tmp_path / f"{reader}.ipynb", "-p", "run_dir", tmp_path / "run")
+        assert done.returncode == 0, done.stderr[-3000:]
+    results = tmp_path / "run" / "book" / "results"
+    assert "<th" in (results / "table1.md").read_text() and ">seeds</th>" in (results / "table1.md").read_text()
+    assert "| resnet18 | tuned    |       1 |" in (results / "qat.md").read_text()
+    assert "**resnet50**" in (results / "default.md").read_text()
+    assert "**ResNet50** was scored only" in (results / "headline.md").read_text()
 
 
 def test_a_second_study_finds_everything_done(smoke):

@@ -13,6 +13,7 @@ from helpers.records import (
     accuracy_row,
     arm_facts,
     commit,
+    export_row,
     gather,
     open_results,
     read_predictions,
@@ -63,7 +64,10 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
 
 def test_a_run_directory_that_cannot_be_written_ends_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StudyError, match="choose another run_dir"), whole_file(tmp_path / "file" / "x.json"):
+    with (
+        pytest.raises(StudyError, match="choose a place that can be written"),
+        whole_file(tmp_path / "file" / "x.json"),
+    ):
         pass
 
 
@@ -91,6 +95,34 @@ def test_a_kept_run_is_not_replaced_by_another_experiment(tmp_path):
     with pytest.raises(StudyError, match="already with another epochs"):
         gather(str(tmp_path / "c"), tmp_path / "results", keep=True)
     assert (tmp_path / "results" / "runs.json").read_bytes() == before
+
+
+def test_a_run_older_than_what_it_was_made_from_is_not_gathered(tmp_path):
+    names = [run_name(notebook, "resnet18", "tuned", 0) for notebook in ("01_train", "02_ptq")]
+    for run_id in names:
+        save_record(str(tmp_path), run_id, {}, ("digits", "ab"), {})
+    gather(str(tmp_path), tmp_path / "results")
+    record = json.loads((tmp_path / "records" / f"{names[0]}.json").read_text())
+    record["run"]["date"] = "9999-01-01T00:00:00+00:00"  # trained anew, after its PTQ
+    (tmp_path / "records" / f"{names[0]}.json").write_text(json.dumps(record))
+    before = (tmp_path / "results" / "runs.json").read_bytes()
+    with pytest.raises(StudyError, match="02_ptq-resnet18-tuned-s0 is older than 01_train.*run 02_ptq again"):
+        gather(str(tmp_path), tmp_path / "results")
+    assert (tmp_path / "results" / "runs.json").read_bytes() == before
+
+
+def test_counts_stay_counts_where_a_row_of_exports_has_none(tmp_path):
+    of = {"arch": "resnet18", "recipe": "tuned", "seed": 0}
+    rows = [
+        export_row(of, "ptq", "openvino", 1.0, 2.0, 0.5, 360),
+        export_row(of, "ptq", "inductor", reason="it cannot"),
+    ]
+    save_record(str(tmp_path), "05_onnx_openvino-resnet18-tuned-s0", {}, None, {"exports": rows})
+    gather(str(tmp_path), tmp_path / "results")
+    gather(str(tmp_path), tmp_path / "results", keep=True)
+    text = (tmp_path / "results" / "exports.csv").read_text()
+    assert ",360," in text and "360.0" not in text
+    assert read_results(tmp_path / "results")["exports"].set_index("runtime").n["openvino"] == 360
 
 
 def test_results_of_before_speedups_had_intervals_are_read_and_kept_beside_new_ones(tmp_path):

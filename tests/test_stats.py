@@ -144,6 +144,17 @@ def test_one_seed_and_many_equal_images_show_equivalence_and_few_do_not():
     assert np.abs(difference_interval(answers[:, :100], other[:, :100], seed=0, confidence=0.90)).max() > 0.005
 
 
+def test_a_handful_of_differing_images_shows_no_more_than_mcnemar_does():
+    same = np.ones((1, 360), bool)
+    for differing, shown in ((5, False), (6, True)):  # all one way: p is 2 / 2^5 = 0.0625 and 2 / 2^6 = 0.031
+        other = same.copy()
+        other[0, :differing] = False
+        low, high = difference_interval(other, same, seed=0)
+        assert (high < 0) == shown == (mcnemar_exact(other[0], same[0]) < 0.05)
+        assert low < -differing / 360 < high
+        assert difference_interval(same, other, seed=0)[0] == pytest.approx(-high)
+
+
 def test_expected_calibration_error_by_hand():
     # (0.8, 0.9]: accuracy 1/2, confidence 0.875; (0.5, 0.6]: accuracy 1, confidence 0.55; two and one of three images
     confidence, correct = np.array([0.85, 0.9, 0.55]), np.array([True, False, True])

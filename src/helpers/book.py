@@ -23,6 +23,7 @@ FOUND = re.compile(r"(<!-- found -->).*(<!-- end of found -->)", re.DOTALL)
 INCLUDED = re.compile(r"^\s*```\{include\} (results/\S+\.md)", re.MULTILINE)
 NOT_DONE = "This run has not done this part."
 EARLIER = "Executed with an earlier version of this notebook, whose code is shown; today's differs."
+PLACEHOLDER = "/github/example/"  # until `make repository` has given the study its address
 BADGE = re.compile(r"\[!\[(?P<text>[^]]*)\]\([^)]*\)\]\((?P<link>[^)]*)\)")
 
 
@@ -37,7 +38,7 @@ def copy_pages(target: Path) -> None:
 def copy_chapter(executed: Path, chapter: Path) -> None:
     """Copy an executed notebook, so changed that the book loads nothing from other hosts.
 
-    The Colab badge becomes a text link, and progress bars that need a widget library are left out.
+    The Colab badge becomes a text link (see `_without_badge`), and progress bars that need a widget library are left out.
     """
     if not executed.exists():
         raise StudyError(f"{executed} is missing; run its notebook first.")
@@ -54,7 +55,10 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
 
 
 def renew_text(chapter: Path, source: Path) -> None:
-    """Give a chapter the text that its notebook has today; where other code was executed, say so under its title instead."""
+    """Give a chapter the text that its notebook has today; where other code was executed, say so under its title instead.
+
+    The setup cell, which only finds the study, counts as text.
+    """
     executed, today = nbformat.read(chapter, as_version=4), nbformat.read(source, as_version=4)
     own = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     if _code(own) != _code(today.cells) or [c.cell_type for c in own] != [c.cell_type for c in today.cells]:
@@ -64,6 +68,8 @@ def renew_text(chapter: Path, source: Path) -> None:
             cell.metadata |= new.metadata  # captions
             if cell.cell_type == "markdown":
                 cell.source = _without_badge(new.source)
+            elif _is_setup(cell):
+                cell.source = new.source
     nbformat.write(executed, chapter)
 
 
@@ -72,12 +78,16 @@ def _note_under_title(notebook: nbformat.NotebookNode, text: str) -> None:
 
 
 def _without_badge(text: str) -> str:
-    """The Colab badge as a text link: the book loads nothing from other hosts."""
-    return BADGE.sub(r"[\g<text>](\g<link>)", text)
+    """The Colab badge as a text link, because the book loads nothing from other hosts; without one while its address is a placeholder."""
+    return BADGE.sub(lambda badge: "" if PLACEHOLDER in badge["link"] else f"[{badge['text']}]({badge['link']})", text)
 
 
 def _code(cells: list[nbformat.NotebookNode]) -> list[str]:
-    return [cell.source for cell in cells if cell.cell_type == "code"]
+    return [cell.source for cell in cells if cell.cell_type == "code" and not _is_setup(cell)]
+
+
+def _is_setup(cell: nbformat.NotebookNode) -> bool:
+    return "setup" in cell.metadata.get("tags", [])
 
 
 def _of_widgets(output: nbformat.NotebookNode) -> bool:

@@ -1,6 +1,6 @@
 """The images of the study: CIFAR-10 and the digits that come with scikit-learn, in memory as uint8.
 
-Called by notebooks and by `training`; calls no other helper but `files`.
+Calls no other helper but `files`.
 """
 
 import hashlib

@@ -43,7 +43,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             raise
         why = "the disk is full" if full else getattr(error, "strerror", None) or error
         raise StudyError(
-            f"{path} could not be written ({why}); free some space or choose another run_dir that can be written. "
+            f"{path} could not be written ({why}); free some space or choose a place that can be written. "
             "What was there before is unchanged."
         ) from error
     finally:

@@ -1,6 +1,6 @@
 """The models: torchvision's quantizable ResNets, and their weights as safetensors files.
 
-Called by notebooks, `quantization` and `runtimes`; calls no other helper but `files`.
+Calls no other helper but `files`.
 """
 
 import copy
@@ -156,7 +156,7 @@ def _input_shapes(model: nn.Module, input_size: int) -> dict[str, tuple[int, int
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
+    """Number of parameters, each tensor once."""
     return sum(p.numel() for p in model.parameters())
 
 

@@ -1,6 +1,6 @@
 """INT8 quantization of exported graphs by torchao (PT2E): what PyTorch offers in place of eager-mode quantization.
 
-The only importer of torchao. Called by notebooks and `quantization`; calls `files` only.
+The only importer of torchao. Calls `files` only.
 Source: https://docs.pytorch.org/ao/stable/pt2e_quantization/index.html
 """
 

@@ -1,6 +1,6 @@
 """INT8 quantization of the study's models: what all ways share, and the eager-mode functions while PyTorch has them.
 
-Called by notebooks and `runtimes`; calls `eager`, `pt2e` and `models`.
+Calls `eager`, `pt2e` and `models`.
 """
 
 import io

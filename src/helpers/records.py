@@ -1,7 +1,4 @@
-"""The contract with every reader of the results: one JSON per run_id, gathered into CSV files.
-
-Called by notebooks; needs json and pandas only.
-"""
+"""The contract with every reader of the results: one JSON per run_id, gathered into CSV files."""
 
 import importlib.metadata
 import json
@@ -20,6 +17,7 @@ import pandas as pd
 import psutil
 
 from helpers.files import StudyError, whole_file
+from helpers.parameters import NEEDS
 
 # reason: why an arm cannot be had in a runtime; such a row has no numbers, and no row in another table.
 # engine: whose INT8 kernels eager and TorchScript used (fbgemm or x86); empty where there is no such choice.
@@ -40,7 +38,7 @@ COLUMNS: dict[str, list[str]] = {
     ),
 }
 # Numbers that a row may lack: speed-ups of before they had intervals, and what a row of exports has none of.
-MAY_BE_MISSING = ("speedup_low", "speedup_high", "export_seconds", "first_call_ms", "agreement")
+MAY_BE_MISSING = ("speedup_low", "speedup_high", "export_seconds", "first_call_ms", "agreement", "n")
 VERSIONS_OF = (
     "torch",
     "torchvision",
@@ -96,7 +94,7 @@ def run_name(notebook: str, arch: str = "", recipe: str = "", seed: int | None =
 
 
 def weights_path(run_dir: str, arch: str, recipe: str, seed: int, arm: str, suffix: str = ".safetensors") -> Path:
-    """Where the model of one arm lies: `suffix` .safetensors, or .pt, .onnx, .xml for its exports."""
+    """Where the model of one arm lies: `suffix` .safetensors, or that of an export (runtimes.SUFFIXES)."""
     return Path(run_dir) / "weights" / f"{arch}-{recipe}-s{seed}-{arm}{suffix}"
 
 
@@ -269,7 +267,7 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
 
     keep: leave what `results` has of other runs, so that a study which took several machines or days comes together.
     Rows are sorted, so the same records give the same files. Raises StudyError when there are no records, when one is
-    damaged, and when one would replace a kept run of other data or parameters.
+    damaged, when one would replace a kept run of other data or parameters, and when one is older than what it was made from.
     """
     paths = sorted((Path(run_dir) / "records").glob("*.json"))
     if not paths:
@@ -290,6 +288,7 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
         for table, frame in read_results(results).items():
             tables[table] += frame[~frame.run_id.isin(runs)].to_dict("records")
         runs = before | runs
+    _none_outdated(runs)
     for path in paths:
         if path.with_suffix(".npz").exists():
             with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:
@@ -304,6 +303,8 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
     for table, rows in tables.items():
         keys = [column for column in COLUMNS[table] if column not in ("accuracy", "median_ms")]
         frame = pd.DataFrame(rows, columns=COLUMNS[table]).sort_values(keys, kind="stable")
+        if "n" in frame:
+            frame = frame.astype({"n": "Int64"})  # a count, also where a row of exports has none
         with whole_file(results / f"{table}.csv") as aside:
             frame.to_csv(aside, index=False)
     with whole_file(results / "runs.json") as aside:
@@ -324,6 +325,17 @@ def _no_other_experiment(before: Mapping[str, Any], now: Mapping[str, Any]) -> N
                 f"{run_id} is there already with another {', '.join(different)}; publish a run of the same profile, or remove "
                 "the results it would replace."
             )
+
+
+def _none_outdated(runs: Mapping[str, Any]) -> None:
+    """Raise StudyError if a run is older than one of the same model that it was made from: their rows do not belong together."""
+    for run_id, run in sorted(runs.items()):
+        for other in NEEDS.get(run["notebook"], []):
+            source = run_id.replace(run["notebook"], other, 1)
+            if source in runs and runs[source]["date"] > run["date"]:
+                raise StudyError(
+                    f"{run_id} is older than {source}, from which it was made; run {run['notebook']} again."
+                )
 
 
 def read_results(results: Path) -> dict[str, pd.DataFrame]:

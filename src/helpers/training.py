@@ -108,8 +108,8 @@ def fit(
     up again only if recipe, epochs, seed, data, precision and initial weights are the same. The caller deletes it once
     the result is safe. before_step(model, done): called before every step, `done` the finished part of the training in
     [0, 1); a change that it makes at some point must hold from there on, because a resumed training starts at an epoch.
-    Rows have epoch (from 1), lr (at the end of the epoch), train_loss, val_accuracy in [0, 1], seconds (of training,
-    validation left out) and images_per_second. Raises StudyError when the loss or a weight is no longer finite.
+    Rows have epoch (from 1), lr (at the end of the epoch), train_loss, val_accuracy in [0, 1], seconds (of training
+    and `before_step`, validation left out) and images_per_second. Raises StudyError when the loss or a weight is no longer finite.
     """
     precision = resolve_precision(precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
