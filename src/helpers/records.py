@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 
 from helpers.files import StudyError, whole_file
-from helpers.parameters import NEEDS
+from helpers.parameters import NEEDS, ensure
 
 # reason: why an arm cannot be had in a runtime; such a row has no numbers, and no row in another table.
 # engine: whose INT8 kernels eager and TorchScript used (fbgemm or x86); empty where there is no such choice.
@@ -365,6 +365,22 @@ def open_results(run_dir: str, results: Path) -> tuple[dict[str, pd.DataFrame], 
     return tables | {"latency": with_times(results, tables["latency"])}, read_runs(results)
 
 
+def open_timed(
+    run_dir: str, archs: list[str], parameters: Mapping[str, Any]
+) -> tuple[Path, dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
+    """Where the results of a run lie, and what `open_results` reads there; an arch that was not timed yet is timed now.
+
+    parameters: of the notebook that asks, for notebook 6. A published book, which has results only, is read as it is.
+    """
+    results, records = Path(run_dir) / "book" / "results", Path(run_dir) / "records"
+    if records.exists() or not (results / "runs.json").exists():
+        for arch in archs:
+            if not list(records.glob(f"06_benchmark-{arch}-*.json")):
+                record = records / f"{run_name('06_benchmark', arch, 'tuned', 0)}.json"
+                ensure(record, "06_benchmark", parameters, arch=arch)
+    return results, *open_results(run_dir, results)
+
+
 def read_runs(results: Path) -> dict[str, dict[str, Any]]:
     """Read runs.json: run_id -> how that run came to be."""
     return json.loads((Path(results) / "runs.json").read_text())
@@ -427,6 +443,6 @@ def conditions_text(data: str, images: int, recipe: str, timed: pd.DataFrame) ->
         f"{data_text(data)} {images} test images, recipe {recipe}. Latency: {first.threads} threads, batch {first.batch} unless said, "
         f"median of {rounds} rounds in one process for each architecture, on {first.machine}; speed-up: over eager FP32. "
         "Intervals: 95 %; of an accuracy over images and seeds, with one seed over the images only; of a speed-up over the "
-        "rounds of that one process, not over other starts of it. "
+        "rounds of that one process: another start of it may give another ratio. "
         "MB: the file that the runtime loads; for eager, the state dict of the converted model."
     )
