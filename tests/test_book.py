@@ -116,7 +116,7 @@ def test_chapters_carry_the_code_of_their_notebooks(smoke):
         ), name
 
 
-def test_a_published_book_keeps_other_runs_and_takes_every_run_once(smoke, tmp_path):
+def test_a_published_book_keeps_other_runs_and_takes_every_run_once(smoke, tmp_path, monkeypatch):
     committed, readme = tmp_path / "committed", tmp_path / "README.md"
     readme.write_text("# Title\n<!-- found -->the text before<!-- end of found -->\nrest\n")
     publish("smoke", committed, readme)
@@ -129,7 +129,13 @@ def test_a_published_book_keeps_other_runs_and_takes_every_run_once(smoke, tmp_p
     )
     once = read_results(committed / "results")
     foreign = once["training"].assign(run_id="01_train-resnet34-tuned-s0", arch="resnet34")
-    pd.concat([once["training"], foreign]).to_csv(committed / "results" / "training.csv", index=False)
+    path = committed / "results" / "training.csv"
+    pd.concat([foreign, once["training"]]).to_csv(path, index=False)
+    before = path.read_bytes()
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr("helpers.book.published_book", lambda **_: 1 / 0)
+        publish("smoke", committed, readme)
+    assert path.read_bytes() == before  # a book that cannot be built leaves what was published
     page = publish("smoke", committed, readme)
     twice = read_results(committed / "results")
     assert all(twice[table].equals(once[table]) for table in once if table != "training")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 import papermill
@@ -162,14 +163,20 @@ def publish(profile: str, published: Path = PAGES, readme: Path = Path("README.m
     Results of other runs stay, so a study that took several machines or days comes together. The book of all that is
     built, and what it found goes into `readme`. Returns the book's first page.
     """
-    gather(str(Path("runs") / profile), published / "results", keep=True)
-    for notebook in NOTEBOOKS:
-        if notebook not in READERS and is_finished(executed_notebook(notebook, profile)):
-            copy_chapter(executed_notebook(notebook, profile), published / "chapters" / f"{notebook}.ipynb")
-    page = published_book(published=published)
-    found = page.parents[2] / "results"
-    shutil.copy(found / "overview.png", published / "results" / "overview.png")
-    text = whats_found(found)
+    with TemporaryDirectory() as folder:  # what was published before stays as it was until the new book is built
+        aside = Path(folder)
+        for part in ("results", "chapters"):
+            if (published / part).exists():
+                shutil.copytree(published / part, aside / part)
+        gather(str(Path("runs") / profile), aside / "results", keep=True)
+        for notebook in NOTEBOOKS:
+            if notebook not in READERS and is_finished(executed_notebook(notebook, profile)):
+                copy_chapter(executed_notebook(notebook, profile), aside / "chapters" / f"{notebook}.ipynb")
+        page = published_book(published=aside)
+        found = page.parents[2] / "results"
+        shutil.copy(found / "overview.png", aside / "results" / "overview.png")
+        text = whats_found(found)
+        shutil.copytree(aside, published, dirs_exist_ok=True)
     with whole_file(readme) as aside:
         aside.write_text(FOUND.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", readme.read_text()))
     return page
