@@ -184,15 +184,14 @@ def publish(profile: str, published: Path = PAGES, readme: Path = Path("README.m
 
 def whats_found(results: Path) -> str:
     """Markdown for the README's first screen: which rows to take, a picture of all, whether QAT pays, whether PTQ's default holds and why not."""
-    headline, qat, default = ((results / f"{name}.md").read_text().strip() for name in ("headline", "qat", "default"))
+    headline, qat, default, collapse = (
+        (results / f"{name}.md").read_text().strip() for name in ("headline", "qat", "default", "collapse")
+    )
     shows = "Accuracy minus eager FP32, in points, against latency; the chosen rows in colour, with 95 % intervals"
     picture = f'<img src="book/results/overview.png" width="560" alt="{shows}">'
     pays = "Does QAT beat PTQ of an FP32 model that trained equally long?"
     holds = "Does PTQ hold with PyTorch's default observers, and with ranges for 95 % of the calibration images?"
-    collapse = results / "collapse.md"
-    causes = (
-        [line for line in collapse.read_text().splitlines() if line.startswith("- **")] if collapse.exists() else []
-    )
+    causes = [line for line in collapse.splitlines() if line.startswith("- **")]
     return "\n\n".join([headline, picture, pays, qat, holds, "\n".join([default, *causes])])
 
 

@@ -1,4 +1,4 @@
-"""Figures that more than one notebook draws. Functions take arrays or frames, draw with seaborn and return the figure."""
+"""What figures of more than one notebook share: whole ones, drawn from arrays or frames and returned, and the ticks of an axis."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 sns.set_theme(style="whitegrid", palette="colorblind")
 
@@ -58,3 +60,10 @@ def layer_bars(sqnr: Mapping[str, float]) -> Figure:
     axis.tick_params(axis="x", rotation=90, labelsize=7)
     figure.tight_layout()
     return figure
+
+
+def log_ticks(axis: Axes) -> None:
+    """Label 1, 2 and 5 of each decade of a logarithmic x axis, as plain numbers; narrow spans have no power of ten to label."""
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
