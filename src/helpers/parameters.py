@@ -254,7 +254,8 @@ def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **c
     if record.exists():
         run = json.loads(record.read_text())["run"]
         _no_other_values(record, run["parameters"], asked)
-        newer = [other for other in _made_from(record, notebook) if other.exists() and _date(other) > run["date"]]
+        sources = [record.with_name(f"{name}.json") for name in made_from(record.stem, notebook)]
+        newer = [source for source in sources if source.exists() and _date(source) > run["date"]]
         if not newer:
             return
         why = f"{record} is older than {newer[0].name}, from which it was made"
@@ -268,12 +269,12 @@ def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **c
     papermill.execute_notebook(source, executed, values, progress_bar=False, log_output=False, cwd=os.getcwd())
 
 
-def _made_from(record: Path, notebook: str) -> Iterator[Path]:
-    """The records of the same model that a record was made from, directly or not; they need not exist."""
+def made_from(run_id: str, notebook: str) -> Iterator[str]:
+    """The names of the runs of the same model that a run of `notebook` takes results from, directly or not."""
     for other in NEEDS.get(notebook, []):
-        path = record.with_name(record.name.replace(notebook, other, 1))
-        yield path
-        yield from _made_from(path, other)
+        source = run_id.replace(notebook, other, 1)
+        yield source
+        yield from made_from(source, other)
 
 
 def _date(record: Path) -> str:

@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 
 from helpers.files import StudyError, whole_file
-from helpers.parameters import NEEDS, ensure
+from helpers.parameters import ensure, made_from
 
 # reason: why an arm cannot be had in a runtime; such a row has no numbers, and no row in another table.
 # engine: whose INT8 kernels eager and TorchScript used (fbgemm or x86); empty where there is no such choice.
@@ -330,8 +330,7 @@ def _no_other_experiment(before: Mapping[str, Any], now: Mapping[str, Any]) -> N
 def _none_outdated(runs: Mapping[str, Any]) -> None:
     """Raise StudyError if a run is older than one of the same model that it was made from: their rows do not belong together."""
     for run_id, run in sorted(runs.items()):
-        for other in NEEDS.get(run["notebook"], []):
-            source = run_id.replace(run["notebook"], other, 1)
+        for source in made_from(run_id, run["notebook"]):
             if source in runs and runs[source]["date"] > run["date"]:
                 raise StudyError(
                     f"{run_id} is older than {source}, from which it was made; run {run['notebook']} again."
