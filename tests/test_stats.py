@@ -153,6 +153,16 @@ def test_a_handful_of_differing_images_shows_no_more_than_mcnemar_does():
         assert (high < 0) == shown == (mcnemar_exact(other[0], same[0]) < 0.05)
         assert low < -differing / 360 < high
         assert difference_interval(same, other, seed=0)[0] == pytest.approx(-high)
+        again = difference_interval(np.repeat(other, 3, 0), np.repeat(same, 3, 0), seed=0)
+        assert (again[1] < 0) == shown  # the same images in three seeds are no more images
+
+
+def test_a_model_that_differs_on_one_image_is_known_no_better_than_one_that_never_differs():
+    same = np.ones((1, 360), bool)
+    other = same.copy()
+    other[0, 0] = False
+    never, once = (difference_interval(answers, same, seed=0) for answers in (same, other))
+    assert once[0] <= never[0] and once[1] >= never[1]
 
 
 def test_expected_calibration_error_by_hand():

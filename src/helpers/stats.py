@@ -80,9 +80,10 @@ def difference_interval(
 
     first_correct, second_correct: bool [seeds, n], paired. With one seed the paired bootstrap over the images; with more,
     what covers both that and Student's interval of the differences by seed, because a bootstrap of three seeds is too
-    narrow. Two arms that never differ get the rule of three (Hanley and Lippman-Hand, JAMA 249, 1983), and two that differ on
-    fewer than FEW images at least the exact interval given on how many they differ (Clopper and Pearson, Biometrika 26, 1934),
-    which excludes zero only where McNemar's exact test does. Within +-margin at
+    narrow. Two arms that never differ get the rule of three (Hanley and Lippman-Hand, JAMA 249, 1983). Two that differ on
+    fewer than FEW images of a seed get at least the exact interval given on how many they differ (Clopper and Pearson,
+    Biometrika 26, 1934), which excludes zero only where McNemar's exact test does; where it includes zero, at least the
+    rule of three, too. Within +-margin at
     confidence 0.90 it is an equivalence test at 5 % (two one-sided tests; Schuirmann, J. Pharmacokin. Biopharm. 15,
     1987). Returns (low, high), fractions in [-1, 1].
     """
@@ -91,12 +92,13 @@ def difference_interval(
         # Resampling no differences gives none, but n images only bound them.
         low, high = -3 / first_correct.shape[1], 3 / first_correct.shape[1]
     by_seed = first_correct.mean(1) - second_correct.mean(1)
-    differing = int((first_correct != second_correct).sum())
-    if len(by_seed) == 1 and first_correct.dtype == bool and 0 < differing < FEW:
-        only_first = int((first_correct & ~second_correct).sum())
-        exact = proportion_confint(only_first, differing, alpha=1 - confidence, method="beta")
-        exact_low, exact_high = ((2 * share - 1) * differing / first_correct.shape[1] for share in exact)
-        low, high = min(low, exact_low), max(high, exact_high)
+    for first, second in zip(first_correct, second_correct, strict=True) if first_correct.dtype == bool else ():
+        if 0 < (differing := int((first != second).sum())) < FEW:
+            exact = proportion_confint(int((first & ~second).sum()), differing, alpha=1 - confidence, method="beta")
+            exact_low, exact_high = ((2 * share - 1) * differing / len(first) for share in exact)
+            if exact_low <= 0 <= exact_high:
+                exact_low, exact_high = min(exact_low, -3 / len(first)), max(exact_high, 3 / len(first))
+            low, high = min(low, exact_low), max(high, exact_high)
     if len(by_seed) > 1:
         student = seeds_interval(by_seed, confidence)
         low, high = min(low, student[0]), max(high, student[1])
