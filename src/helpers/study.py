@@ -3,13 +3,12 @@
 Command line: python -m helpers.study PROFILE [arguments for snakemake].
 """
 
+import fcntl
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from helpers.data import check_available
 from helpers.files import StudyError, check_writable
@@ -18,7 +17,7 @@ from helpers.quantization import NO_LEGACY
 
 SNAKEMAKE = [
     *("--cores", str(os.cpu_count() or 1), "--quiet", "host", "reason", "--keep-going"),
-    # Locking is done here: Snakemake's own lock outlives a kill -9. Half-made outputs cannot exist (files appear whole).
+    # Locking is done here: the files of Snakemake's own lock outlive a kill -9. Half-made outputs cannot exist (files appear whole).
     *("--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params"),
 ]
 
@@ -44,13 +43,19 @@ def run_study(name: str, arguments: list[str]) -> int:
     check_writable(run)
     if LEFT_OUT:
         print(f"{NO_LEGACY} Notebooks left out: {', '.join(LEFT_OUT)}.", flush=True)
-    try:
-        with FileLock(run / ".lock", timeout=0):
-            started = time.time()
-            command = [sys.executable, "-m", "snakemake", *SNAKEMAKE, *arguments, "--config", f"profile={name}"]
-            code = _wait(subprocess.Popen(command))
-    except Timeout as error:
-        raise StudyError(f"Another study is running in {run}; wait for it, or choose another PROFILE.") from error
+    if "--config" not in arguments:
+        arguments = [*arguments, "--config"]
+    config = arguments.index("--config") + 1
+    arguments = [*arguments[:config], f"profile={name}", *arguments[config:]]
+    with open(run / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StudyError(f"Another study is running in {run}; wait for it, or choose another PROFILE.") from error
+        started = time.time()
+        # Snakemake holds the lock, too: it goes on if this process alone is killed.
+        command = [sys.executable, "-m", "snakemake", *SNAKEMAKE, *arguments]
+        code = _wait(subprocess.Popen(command, pass_fds=[lock.fileno()]))
     page = run / "book" / "_build" / "html" / "index.html"
     if code == 0 and page.exists():
         print(f"The study is done. Open {page}")
