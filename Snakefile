@@ -73,8 +73,11 @@ MODELS = {notebook: [model for model in models if PROFILE.runs(notebook, model)]
 TRAINS = ("01_train", "03_qat", "12_runtimes", "15_bit_widths")
 # These time exports and first calls on their way: they get every core, so that no training runs beside them.
 CLOCKS = ("04_jit", "05_onnx_openvino", "11_dead_taps", "12_runtimes")
+# What compares latencies waits until nothing else is left to do, and claims every core: it has the machine to itself.
+ALONE = ("06_benchmark", "13_where_time_goes")
+BEFORE = {notebook: needed for notebook, needed in NEEDS.items() if notebook not in ALONE}
 
-for notebook, needed in NEEDS.items():
+for notebook, needed in BEFORE.items():
 
     rule:
         name:
@@ -118,14 +121,13 @@ rule ptq_collapse:
         PAPERMILL + "{input.notebook} {log} -y {params}"
 
 
-# What compares latencies waits until nothing else is left to do, and claims every core: it has the machine to itself.
-for notebook in ("06_benchmark", "13_where_time_goes"):
+for notebook in ALONE:
 
     rule:
         name:
             notebook
         input:
-            [records(other, MODELS[other]) for other in NEEDS],
+            [records(other, MODELS[other]) for other in BEFORE],
             [] if "09_ptq_collapse" in LEFT_OUT else [COLLAPSE],
             notebook=f"notebooks/{notebook}.ipynb",
         output:

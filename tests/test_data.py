@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from helpers.data import (
     CIFAR10_CLASSES,
@@ -88,6 +89,8 @@ def test_torchvision_s_layout_gives_the_pixels_that_went_in(tmp_path, pictures, 
     dataset = load_data("cifar10", str(tmp_path), tmp_path / "cache")
     assert dataset.name == "cifar10" and (dataset.test.images.numpy() == pictures.transpose(0, 3, 1, 2)).all()
     assert [len(dataset.train), len(dataset.validation), dataset.test.labels.tolist()] == [24, 6, [0, 1, 2, 3, 4, 9]]
+    both = torch.cat([dataset.train.labels, dataset.validation.labels])
+    assert sorted(both.tolist()) == sorted([0, 1, 2, 3, 4, 9] * 5)  # every image in one of the two
 
 
 def test_no_data_names_the_three_ways(tmp_path):
@@ -95,10 +98,12 @@ def test_no_data_names_the_three_ways(tmp_path):
         check_available("cifar10", str(tmp_path))
 
 
-def test_digits_splits_are_disjoint_and_the_hash_is_stable():
-    first, second = load_data("digits"), load_data("digits")
-    assert first.sha256 == second.sha256
+def test_the_splits_of_the_digits_are_all_of_them_once_and_the_hash_is_what_it_was():
+    first = load_data("digits")
+    assert first.sha256 == "7324cda4c4bc6b160a70f12ec8e55068ba8b8cf573f84da0fa1113deb4e5778d"
     assert [len(first.train), len(first.validation), len(first.test)] == [1257, 180, 360]
+    images = torch.cat([first.train.images, first.validation.images, first.test.images])
+    assert len({image.numpy().tobytes() for image in images}) == len(load_digits().images)
     normalised = first.normalise(first.train.images)
     assert abs(normalised.mean()) < 1e-3 and abs(normalised.std() - 1) < 1e-3
 

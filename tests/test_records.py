@@ -62,6 +62,11 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path):
     assert path.read_text() == "earlier" and os.listdir(tmp_path) == ["result.json"]
 
 
+def test_a_file_that_could_not_be_read_is_not_said_to_be_one_that_could_not_be_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source.onnx"), whole_file(tmp_path / "target.onnx") as aside:
+        aside.write_bytes((tmp_path / "source.onnx").read_bytes())
+
+
 def test_a_run_directory_that_cannot_be_written_ends_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (

@@ -1,3 +1,4 @@
+import copy
 import os
 import signal
 import subprocess
@@ -14,8 +15,7 @@ from helpers.files import StudyError
 from helpers.models import build_model
 from helpers.quantization import (
     QCONFIG_NAMES,
-    freeze_batch_norm,
-    freeze_observers,
+    freeze_near_the_end,
     fuse,
     fuse_for_qat,
     prepare_qat,
@@ -59,11 +59,20 @@ def test_a_killed_training_goes_on_to_the_result_of_an_uninterrupted_one(tmp_pat
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path):
-    dataset = load_data("digits", limit=64)
-    recipe = Recipe(learning_rate=0.01)
-    fit(build_model("resnet18"), dataset, recipe, 1, 0, tmp_path / "c.pt")
-    assert len(fit(build_model("resnet18"), dataset, recipe, 1, 1, tmp_path / "c.pt")) == 1
+def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path, capsys):
+    dataset, fewer = load_data("digits", limit=64), load_data("digits", limit=32)
+    recipe, other, model = Recipe(learning_rate=0.01), Recipe(learning_rate=0.02), build_model("resnet18")
+    settings = (model, dataset, recipe, 1, 0)
+    for changed in (settings, (build_model("resnet34"), *settings[1:]), (model, fewer, recipe, 1, 0)):
+        fit(copy.deepcopy(changed[0]), *changed[1:], tmp_path / "c.pt")
+        assert "going on" not in capsys.readouterr().out
+    for changed in ((model, dataset, other, 1, 0), (model, dataset, recipe, 2, 0), (model, dataset, recipe, 1, 1)):
+        fit(copy.deepcopy(model), *settings[1:], tmp_path / "c.pt")
+        capsys.readouterr()
+        fit(copy.deepcopy(model), *settings[1:], tmp_path / "c.pt")
+        assert "going on" in capsys.readouterr().out
+        fit(copy.deepcopy(changed[0]), *changed[1:], tmp_path / "c.pt")
+        assert "going on" not in capsys.readouterr().out
     (tmp_path / "c.pt").write_bytes(b"damaged")
     with pytest.raises(StudyError, match="damaged"):
         fit(build_model("resnet18"), dataset, recipe, 1, 1, tmp_path / "c.pt")
@@ -86,14 +95,8 @@ def test_every_step_is_announced_with_the_part_that_is_done(tmp_path):
 
 def test_qat_ends_with_ranges_and_statistics_at_rest(tmp_path):
     qat = prepare_qat(fuse_for_qat(build_model("resnet18")))
-
-    def rest(model, done):
-        if done >= 0.5:
-            freeze_observers(model)
-            freeze_batch_norm(model)
-
-    dataset, recipe = load_data("digits", limit=128), Recipe(learning_rate=0.01)
-    fit(qat, dataset, recipe, 1, 0, tmp_path / "c.pt", precision="fp32", before_step=rest)
+    dataset, recipe = load_data("digits", limit=160), Recipe(learning_rate=0.01, batch_size=8)
+    fit(qat, dataset, recipe, 1, 0, tmp_path / "c.pt", precision="fp32", before_step=freeze_near_the_end)
     before = {name: value.clone() for name, value in qat.state_dict().items()}
     qat.train()(dataset.normalise(dataset.train.images[:64]))
     assert all(torch.equal(before[name], value) for name, value in qat.state_dict().items())

@@ -7,11 +7,13 @@ import hashlib
 import io
 import os
 import zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from helpers.files import StudyError, whole_file
@@ -22,6 +24,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_VALIDATION = 5_000
+TRAINING_IMAGES = {"digits": 1_257, "cifar10": 50_000 - CIFAR10_VALIDATION}
 LOSSLESS = "lossless_test-*.parquet"
 
 THREE_WAYS = (
@@ -153,7 +156,8 @@ def _digits() -> Dataset:
     order = _shuffled(len(labels))
     images, labels = images[order], labels[order]
     train, validation, test = (
-        Split(images[a:b], labels[a:b]) for a, b in ((0, 1257), (1257, 1437), (1437, len(labels)))
+        Split(images[a:b], labels[a:b])
+        for a, b in ((0, TRAINING_IMAGES["digits"]), (TRAINING_IMAGES["digits"], 1437), (1437, len(labels)))
     )
     pixels = train.images.double() / 255
     mean, std = float(pixels.mean()), float(pixels.std())
@@ -214,7 +218,8 @@ def _torchvision(root: Path, download: bool) -> tuple[Split, Split, str]:
     from torchvision.datasets import CIFAR10
 
     try:
-        parts = [CIFAR10(root, train=train, download=download) for train in (True, False)]
+        with FileLock(root / ".lock") if download else nullcontext():  # two notebooks may ask at once
+            parts = [CIFAR10(root, train=train, download=download) for train in (True, False)]
     except Exception as error:  # torchvision raises whatever its download or its pickle reader raised
         what = "could not be downloaded" if download else f"in {str(root)!r} is incomplete or damaged"
         raise StudyError(f"CIFAR-10 {what} ({error}). {THREE_WAYS}") from error

@@ -39,7 +39,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         full = (
             path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20
         )  # writers have exceptions of their own
-        if not full and not isinstance(error, OSError):
+        reading = aside is not None and isinstance(error, FileNotFoundError)  # of what the block needed
+        if reading or (not full and not isinstance(error, OSError)):
             raise
         why = "the disk is full" if full else getattr(error, "strerror", None) or error
         raise StudyError(

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from helpers.data import DATA_NAMES
+from helpers.data import DATA_NAMES, TRAINING_IMAGES
 from helpers.files import StudyError, check_writable
 from helpers.models import ARCHS
 from helpers.quantization import ENGINES, LEGACY, NO_LEGACY, QCONFIG_NAMES
@@ -74,16 +74,18 @@ NOTEBOOKS = (
     *OPTIONAL,
     "17_decide",
 )
-# Whose results a notebook takes, of the same model; those of notebook 9 are its own, and the last ones take what there is.
+# Whose results a notebook takes, of the same model; notebook 9 trains models of its own, and the readers take what there is.
 NEEDS: dict[str, list[str]] = {
     "01_train": [],
     "02_ptq": ["01_train"],
     "03_qat": ["01_train"],
     "04_jit": ["02_ptq", "03_qat"],
     "05_onnx_openvino": ["01_train", "02_ptq", "03_qat"],
+    "06_benchmark": ["04_jit", "05_onnx_openvino"],
     "10_jpeg_copy": ["02_ptq"],
     "11_dead_taps": ["04_jit", "05_onnx_openvino"],
     "12_runtimes": ["05_onnx_openvino"],
+    "13_where_time_goes": ["04_jit", "05_onnx_openvino"],
     "14_calibration": ["01_train"],
     "15_bit_widths": ["03_qat"],
     "16_what_accuracy_hides": ["04_jit", "05_onnx_openvino"],
@@ -142,6 +144,10 @@ def _validated(model: type[BaseModel], values: Any, where: str) -> BaseModel:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "the content"
+        if first["type"] == "missing":
+            raise StudyError(f"{where}{name} is missing; add it.") from error
+        if first["type"] == "extra_forbidden":
+            raise StudyError(f"{where}{name} is no key here; take it away or correct its name.") from error
         raise StudyError(f"{where}{name} is {first['input']!r}; {_lower(first['msg'])}.") from error
 
 
@@ -290,8 +296,9 @@ def _no_other_values(record: Path, made: Mapping[str, Any], asked: Mapping[str, 
     asked = dict(asked)
     if asked.get("precision") == "auto":
         del asked["precision"]
-    if "calibration_images" in asked and asked.get("limit"):
-        asked["calibration_images"] = min(asked["calibration_images"], asked["limit"])
+    if "calibration_images" in asked and "data" in made:
+        there = TRAINING_IMAGES[made["data"]]
+        asked["calibration_images"] = min(asked["calibration_images"], asked.get("limit") or there, there)
     for name in sorted((made.keys() & asked.keys()) - {"run_dir", "data_dir", "engine"}):
         if made[name] != asked[name]:
             raise StudyError(

@@ -311,8 +311,8 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
     except StudyError:
         raise
     except Exception as error:  # each runtime has its own exceptions for a file it cannot read
-        first_line = str(error).strip().splitlines()[0]
-        raise StudyError(f"{runtime} cannot read {path} ({first_line}); delete it and make it again.") from error
+        first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise StudyError(f"{runtime} cannot read {path} ({first_line}); if it is damaged, make it again.") from error
 
 
 def _inductor(model: nn.Module) -> Predictor:

@@ -223,7 +223,7 @@ def _check_finite(model: nn.Module, loss: float, complaint: str) -> None:
     spoilt = sum(not tensor.isfinite().all() for tensor in learned)
     if spoilt or not np.isfinite(loss):
         raise StudyError(
-            f"{complaint} (loss {loss:.3g}, {spoilt} of {len(learned)} tensors are not finite); lower the learning rate."
+            f"{complaint} (loss {loss:.3g}, {spoilt} of {len(learned)} tensors are not finite); take another recipe ({', '.join(RECIPES)}) or lower its rate in RECIPES."
         )
 
 
