@@ -42,7 +42,7 @@ class PercentileObserver(tq.MinMaxObserver):
 
 
 class ImagePercentileObserver(tq.MinMaxObserver):
-    """The range that holds all values of 95 % of the images: what single images have beyond it is clipped.
+    """The range that holds, at either end, the values of 95 % of the images: what single images have beyond it is clipped.
 
     An image that is extreme is so in most of its values: leaving out a share of the values does not leave it out.
     """

@@ -74,6 +74,11 @@ class Arm:
     eager_mode: bool  # quantized by PyTorch's eager mode, which is deprecated, wherever it runs then
     untrimmed: str  # the same arm with its dead taps
 
+    @property
+    def control(self) -> str:
+        """FP32 that trained further if this arm did: what its accuracy is set beside."""
+        return "fp32_longer" if self.retrained else "fp32"
+
 
 def arm_facts(arm: str) -> Arm:
     """Read the name of an arm: ptq, qat, longer, the tool that quantized (nncf, pt2e, ort; else eager mode), trimmed."""
