@@ -193,7 +193,7 @@ def whats_found(results: Path) -> str:
     holds = "Does PTQ hold with PyTorch's default observers, and with ranges that leave out the most extreme 5 % of the calibration images at either end?"
     lines = [line for line in collapse.splitlines() if line.startswith("- ")]
     causes = [line for line in lines if line == lines[0] or line.startswith("- **")]
-    why = "Where does the collapse come from? Of ResNet50s that were trained in short to find out:"
+    why = "Where does the collapse come from? From ResNet50s that were trained briefly to find out:"
     return "\n\n".join([headline, picture, pays, qat, holds, default, why, "\n".join(causes) or collapse])
 
 
