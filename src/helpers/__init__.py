@@ -1,1 +1,1 @@
-"""What two or more notebooks of the study share. Start reading at `notebooks/`; each module says who may call it."""
+"""What two or more notebooks of the study share. Start reading at `notebooks/`; the first lines of each module say what it is for."""

@@ -1,6 +1,6 @@
 """Latency, measured so that ratios can be believed: all candidates in one process, in turns, in shuffled order.
 
-Called by notebooks; needs nothing but numpy.
+Needs nothing but numpy.
 """
 
 import time

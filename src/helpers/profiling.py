@@ -1,6 +1,4 @@
 """Where the time of a call goes: the machine's ceilings, the work of each layer, and what the runtimes' own profilers see.
-
-Called by notebooks; calls `models`, `runtimes` and `quantization`.
 """
 
 import os

@@ -1,7 +1,6 @@
 """Everything that executes a model: PyTorch (eager, TorchScript, Inductor), ONNX Runtime and OpenVINO.
 
-Called by notebooks; calls `quantization` and `models`. Every runtime is reached through `load_predictor`, so what is timed
-is what was scored.
+Every runtime is reached through `load_predictor`, so what is timed is what was scored.
 """
 
 import copy
