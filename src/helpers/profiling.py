@@ -1,5 +1,4 @@
-"""Where the time of a call goes: the machine's ceilings, the work of each layer, and what the runtimes' own profilers see.
-"""
+"""Where the time of a call goes: the machine's ceilings, the work of each layer, and what the runtimes' own profilers see."""
 
 import os
 import re
