@@ -18,13 +18,12 @@ from torch import Tensor
 
 from helpers.files import StudyError, whole_file
 
-DATA_NAMES = ("digits", "cifar10")
-
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_VALIDATION = 5_000
 TRAINING_IMAGES = {"digits": 1_257, "cifar10": 50_000 - CIFAR10_VALIDATION}
+DATA_NAMES = tuple(TRAINING_IMAGES)
 LOSSLESS = "lossless_test-*.parquet"
 
 THREE_WAYS = (
