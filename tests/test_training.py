@@ -62,17 +62,21 @@ def test_a_killed_training_goes_on_to_the_result_of_an_uninterrupted_one(tmp_pat
 def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path, capsys):
     dataset, fewer = load_data("digits", limit=64), load_data("digits", limit=32)
     recipe, other, model = Recipe(learning_rate=0.01), Recipe(learning_rate=0.02), build_model("resnet18")
-    settings = (model, dataset, recipe, 1, 0)
-    for changed in (settings, (build_model("resnet34"), *settings[1:]), (model, fewer, recipe, 1, 0)):
-        fit(copy.deepcopy(changed[0]), *changed[1:], tmp_path / "c.pt")
-        assert "going on" not in capsys.readouterr().out
-    for changed in ((model, dataset, other, 1, 0), (model, dataset, recipe, 2, 0), (model, dataset, recipe, 1, 1)):
-        fit(copy.deepcopy(model), *settings[1:], tmp_path / "c.pt")
-        capsys.readouterr()
-        fit(copy.deepcopy(model), *settings[1:], tmp_path / "c.pt")
-        assert "going on" in capsys.readouterr().out
-        fit(copy.deepcopy(changed[0]), *changed[1:], tmp_path / "c.pt")
-        assert "going on" not in capsys.readouterr().out
+    asked = (model, dataset, recipe, 1, 0)
+
+    def goes_on(model, *settings):
+        fit(copy.deepcopy(model), *settings, tmp_path / "c.pt")
+        return "going on" in capsys.readouterr().out
+
+    for changed in (
+        (build_model("resnet34"), *asked[1:]),
+        (model, fewer, recipe, 1, 0),
+        (model, dataset, other, 1, 0),
+        (model, dataset, recipe, 2, 0),
+        (model, dataset, recipe, 1, 1),
+    ):
+        assert not goes_on(*asked) and goes_on(*asked)
+        assert not goes_on(*changed)
     (tmp_path / "c.pt").write_bytes(b"damaged")
     with pytest.raises(StudyError, match="damaged"):
         fit(build_model("resnet18"), dataset, recipe, 1, 1, tmp_path / "c.pt")

@@ -9,6 +9,7 @@ import os
 import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -154,10 +155,8 @@ def _digits() -> Dataset:
     labels = torch.from_numpy(bunch.target).long()
     order = _shuffled(len(labels))
     images, labels = images[order], labels[order]
-    train, validation, test = (
-        Split(images[a:b], labels[a:b])
-        for a, b in ((0, TRAINING_IMAGES["digits"]), (TRAINING_IMAGES["digits"], 1437), (1437, len(labels)))
-    )
+    ends = pairwise((0, TRAINING_IMAGES["digits"], 1437, len(labels)))
+    train, validation, test = (Split(images[a:b], labels[a:b]) for a, b in ends)
     pixels = train.images.double() / 255
     mean, std = float(pixels.mean()), float(pixels.std())
     both = Split(torch.cat([train.images, validation.images]), torch.cat([train.labels, validation.labels]))
