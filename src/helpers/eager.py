@@ -65,9 +65,18 @@ class ImagePercentileObserver(tq.MinMaxObserver):
         return x
 
 
+class AutocastHistogramObserver(tq.HistogramObserver):
+    """PyTorch's HistogramObserver, also where autocast computes in bfloat16: on a GPU its histogram takes float32 only."""
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Record the values of `x_orig`, any shape, and return it."""
+        super().forward(x_orig.float())
+        return x_orig
+
+
 # Where the range of an activation comes from, and how many of them a layer's weights share.
 OBSERVERS = {
-    "histogram": tq.HistogramObserver,
+    "histogram": AutocastHistogramObserver,
     "minmax": tq.MinMaxObserver,
     "percentile": PercentileObserver,
     "image_percentile": ImagePercentileObserver,

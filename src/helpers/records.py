@@ -1,22 +1,19 @@
 """The contract with every reader of the results: one JSON per run_id, gathered into CSV files."""
 
-import importlib.metadata
 import json
-import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import cpuinfo
 import numpy as np
 import pandas as pd
-import psutil
 
 from helpers.files import StudyError, whole_file
+from helpers.machine import machine_facts
 from helpers.parameters import ensure, made_from
 
 # reason: why an arm cannot be had in a runtime; such a row has no numbers, and no row in another table.
@@ -39,30 +36,6 @@ COLUMNS: dict[str, list[str]] = {
 }
 # Numbers that a row may lack: speed-ups of before they had intervals, and what a row of exports has none of.
 MAY_BE_MISSING = ("speedup_low", "speedup_high", "export_seconds", "first_call_ms", "agreement", "n")
-VERSIONS_OF = (
-    "torch",
-    "torchvision",
-    "openvino",
-    "nncf",
-    "onnx",
-    "onnxruntime",
-    "torchao",
-    "numpy",
-    "pandas",
-    "papermill",
-)
-ISA_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "amx_bf16",
-    "asimd",
-    "i8mm",
-    "bf16",
-)
 
 
 @dataclass(frozen=True)
@@ -103,35 +76,6 @@ def weights_path(run_dir: str, arch: str, recipe: str, seed: int, arm: str, suff
     return Path(run_dir) / "weights" / f"{arch}-{recipe}-s{seed}-{arm}{suffix}"
 
 
-def machine_facts() -> dict[str, Any]:
-    """CPU model, instruction sets that matter for INT8, cores, memory, GPU, system and versions of this machine."""
-    info = cpuinfo.get_cpu_info()
-    try:
-        import torch
-
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        threads = torch.get_num_threads()
-    except ImportError:
-        gpu, threads = "", 0
-    return {
-        "cpu": info.get("brand_raw", platform.machine()),
-        "isa": [flag for flag in ISA_FLAGS if flag in info.get("flags", [])],
-        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
-        "memory_bytes": psutil.virtual_memory().total,
-        "threads": threads,
-        "gpu": gpu,
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in VERSIONS_OF},
-    }
-
-
-def machine_name(facts: Mapping[str, Any]) -> str:
-    """One line that tells machines apart: CPU, cores and the instruction sets that decide INT8 speed."""
-    isa = "+".join(flag for flag in facts["isa"] if flag != "avx512f") or "no special instructions"
-    return f"{facts['cpu']}, {facts['cores']} cores, {isa}"
-
-
 def commit() -> str:
     """The commit checked out in the working folder, `-dirty` when a tracked file differs from it, `unknown` outside or without git.
 
@@ -155,13 +99,14 @@ def save_record(
     predictions: Mapping[str, np.ndarray] | None = None,
     pages: Mapping[str, str] | None = None,
     times: Mapping[str, np.ndarray] | None = None,
+    trained_on: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write what one run found: `run_dir`/records/`run_id`.json and, with `predictions` or `times`, the .npz beside it.
 
     data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
     predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`).
     times: see `times_key`; milliseconds of each round behind a row of latency, float64 [rounds], paired by round.
-    pages: file name -> Markdown that the book includes as it is. The JSON is written last and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
+    pages: file name -> Markdown that the book includes as it is. trained_on: see `training.trained_on`, for runs that train. The JSON is written last and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
     """
     run = {
         "notebook": run_id.split("-")[0],
@@ -170,6 +115,7 @@ def save_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {"name": data[0], "sha256": data[1]} if data else None,
         **machine_facts(),
+        **({"trained_on": list(trained_on)} if trained_on else {}),
     }
     tables = {table: [row | {"run_id": run_id} for row in found] for table, found in rows.items()}
     for table, found in tables.items():

@@ -1,6 +1,6 @@
 """Training recipes, the one training loop and the one evaluation of the study.
 
-Called by notebooks; calls `data`, `models` (for the predictor), `progress` and `files`.
+Called by notebooks; calls `data`, `models` (for the predictor), `machine`, `progress` and `files`.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import cpuinfo
 import numpy as np
@@ -20,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from helpers.data import Dataset, Split, augment
 from helpers.files import StudyError, whole_file
+from helpers.machine import machine_facts
 from helpers.models import Predictor, module_predictor
 from helpers.progress import progress
 
@@ -105,8 +107,8 @@ def fit(
 
     epochs: passes over the training images, >= 0. seed: decides the order and the augmentation of every epoch, so an
     interrupted run ends like an uninterrupted one on the same machine. checkpoint: written after each epoch; it is taken
-    up again only if recipe, epochs, seed, data, precision and initial weights are the same. The caller deletes it once
-    the result is safe. before_step(model, done): called before every step, `done` the finished part of the training in
+    up again only if recipe, epochs, seed, data, precision and initial weights are the same, also on another machine: one
+    may train and another go on, see `trained_on`. The caller deletes it once the result is safe. before_step(model, done): called before every step, `done` the finished part of the training in
     [0, 1); a change that it makes at some point must hold from there on, because a resumed training starts at an epoch.
     Rows have epoch (from 1), lr (at the end of the epoch), train_loss, val_accuracy in [0, 1], seconds (of training
     and `before_step`, validation left out) and images_per_second. Raises StudyError when the loss or a weight is no longer finite.
@@ -128,7 +130,9 @@ def fit(
     if recipe.one_cycle and epochs:
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps * epochs)
     parts = {"model": model, "optimizer": optimizer, **({"scheduler": scheduler} if scheduler else {})}
-    history = _resume(checkpoint, key, parts)
+    history, machines = _resume(checkpoint, key, parts, epochs)
+    if len(history) < epochs and (here := machine_facts()) not in machines:
+        machines.append(here)
 
     for epoch in range(len(history), epochs):
         started = time.perf_counter()
@@ -154,8 +158,10 @@ def fit(
                 "images_per_second": steps * min(recipe.batch_size, len(split)) / seconds,
             }
         )
+        needed = parts if epoch + 1 < epochs else {"model": model}  # nothing goes on after the last epoch
+        states = {name: part.state_dict() for name, part in needed.items()}
         with whole_file(checkpoint) as aside:
-            torch.save({"key": key, "history": history} | {k: v.state_dict() for k, v in parts.items()}, aside)
+            torch.save({"key": key, "history": history, "machines": machines} | states, aside)
         left = (epochs - epoch - 1) * sum(row["seconds"] for row in history) / len(history)
         print(
             f"{label} epoch {epoch + 1}/{epochs}: loss {loss:.3f}, validation {validation.accuracy:.1%}, {seconds:.0f} s "
@@ -240,7 +246,6 @@ def _fit_key(model: nn.Module, dataset: Dataset, recipe: Recipe, epochs: int, se
         dataset.name,
         dataset.sha256,
         len(dataset.train),
-        torch.__version__,
     ]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name, tensor in model.state_dict().items():
@@ -249,20 +254,35 @@ def _fit_key(model: nn.Module, dataset: Dataset, recipe: Recipe, epochs: int, se
     return digest.hexdigest()
 
 
-def _resume(checkpoint: Path, key: str, parts: dict) -> list[dict[str, float]]:
-    """Load the checkpoint into `parts` if it is whole and belongs to this call; the rows of the finished epochs."""
-    if not checkpoint.exists():
-        return []
+def trained_on(*checkpoints: Path) -> list[dict[str, Any]]:
+    """The machines, as `machine.machine_facts`, on which `fit` trained what these checkpoints hold; each once."""
+    found = [facts for path in checkpoints if path.exists() for facts in _stored(path)["machines"]]
+    return [facts for number, facts in enumerate(found) if facts not in found[:number]]
+
+
+def _resume(
+    checkpoint: Path, key: str, parts: dict[str, Any], epochs: int
+) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
+    """Load the checkpoint into `parts` if it is whole and belongs to this call.
+
+    Returns the rows of the finished epochs, and the machines that trained them.
+    """
+    stored = _stored(checkpoint) if checkpoint.exists() else {"key": ""}
+    if stored["key"] != key:
+        return [], []
+    finished = len(stored["history"])
+    for name in parts if finished < epochs else ("model",):
+        parts[name].load_state_dict(stored[name])
+    print(f"going on after epoch {finished} of {checkpoint.name}", flush=True)
+    return stored["history"], stored["machines"]
+
+
+def _stored(checkpoint: Path) -> dict[str, Any]:
+    """What `fit` wrote. Raises StudyError when it cannot be read, or is of an earlier version of the study."""
     try:
         stored = torch.load(checkpoint, map_location="cpu", weights_only=True)  # a GPU may have written it
-        same = stored["key"] == key
+        return {name: stored[name] for name in ("key", "history", "machines")} | stored
     except Exception as error:  # whatever the damaged file makes the reader raise
         raise StudyError(
             f"{checkpoint} is damaged ({type(error).__name__}); delete it to train from the start."
         ) from error
-    if not same:
-        return []
-    for name, part in parts.items():
-        part.load_state_dict(stored[name])
-    print(f"going on after epoch {len(stored['history'])} of {checkpoint.name}", flush=True)
-    return stored["history"]
