@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from helpers.quantization import (
     prepare_qat,
     qconfig_named,
 )
-from helpers.training import Recipe, evaluate, fit, resolve_precision
+from helpers.training import Recipe, evaluate, fit, resolve_precision, trained_on
 
 SCRIPT = """
 import sys
@@ -152,6 +153,22 @@ def test_evaluate_counts_a_short_last_batch_once():
 def test_an_unknown_precision_ends_in_a_sentence():
     with pytest.raises(StudyError, match="precision is 'fp8'; allowed are auto, fp32, bf16"):
         resolve_precision("fp8")
+
+
+def test_a_training_that_moved_names_both_machines(tmp_path, monkeypatch):
+    class Interrupted(Exception):
+        pass
+
+    def in_the_second_epoch(_model, done):
+        if done >= 0.5:
+            raise Interrupted
+
+    asked = (load_data("digits", limit=64), Recipe(learning_rate=0.01, momentum=0.9), 2, 0, tmp_path / "c.pt")
+    for machine, before_step in (("first", in_the_second_epoch), ("second", None), ("third", None)):
+        monkeypatch.setattr("helpers.training.machine_facts", lambda machine=machine: {"gpu": machine})
+        with pytest.raises(Interrupted) if before_step else nullcontext():
+            fit(build_model("resnet18"), *asked, before_step=before_step)
+    assert trained_on(tmp_path / "c.pt") == [{"gpu": "first"}, {"gpu": "second"}]  # the third had nothing left to do
 
 
 def test_a_checkpoint_that_a_gpu_wrote_is_taken_up_without_one(tmp_path, monkeypatch, capsys):
