@@ -1,4 +1,5 @@
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from helpers.quantization import (
     prepare_qat,
     qconfig_named,
 )
-from helpers.training import Recipe, evaluate, fit, resolve_precision, trained_on
+from helpers.records import save_record
+from helpers.training import Recipe, evaluate, fit, resolve_precision
 
 SCRIPT = """
 import sys
@@ -163,12 +165,19 @@ def test_a_training_that_moved_names_both_machines(tmp_path, monkeypatch):
         if done >= 0.5:
             raise Interrupted
 
-    asked = (load_data("digits", limit=64), Recipe(learning_rate=0.01, momentum=0.9), 2, 0, tmp_path / "c.pt")
+    checkpoint = tmp_path / "checkpoints" / "01_train-x-s1.pt"
+    asked = (load_data("digits", limit=64), Recipe(learning_rate=0.01, momentum=0.9), 2, 0, checkpoint)
     for machine, before_step in (("first", in_the_second_epoch), ("second", None), ("third", None)):
         monkeypatch.setattr("helpers.training.machine_facts", lambda machine=machine: {"gpu": machine})
         with pytest.raises(Interrupted) if before_step else nullcontext():
             fit(build_model("resnet18"), *asked, before_step=before_step)
-    assert trained_on(tmp_path / "c.pt") == [{"gpu": "first"}, {"gpu": "second"}]  # the third had nothing left to do
+    for run_id, machines in (
+        ("01_train-x-s1", ["first", "second"]),
+        ("01_train-x-s", None),
+    ):  # the third had no epoch left
+        save_record(str(tmp_path), run_id, {}, None, {})
+        run = json.loads((tmp_path / "records" / f"{run_id}.json").read_text())["run"]
+        assert run.get("trained_on") == (machines and [{"gpu": machine} for machine in machines])
 
 
 def test_a_checkpoint_that_a_gpu_wrote_is_taken_up_without_one(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas as pd
 from helpers.files import StudyError, whole_file
 from helpers.machine import machine_facts
 from helpers.parameters import ensure, made_from
+from helpers.training import trained_on
 
 # reason: why an arm cannot be had in a runtime; such a row has no numbers, and no row in another table.
 # engine: whose INT8 kernels eager and TorchScript used (fbgemm or x86); empty where there is no such choice.
@@ -99,14 +100,14 @@ def save_record(
     predictions: Mapping[str, np.ndarray] | None = None,
     pages: Mapping[str, str] | None = None,
     times: Mapping[str, np.ndarray] | None = None,
-    trained_on: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write what one run found: `run_dir`/records/`run_id`.json and, with `predictions` or `times`, the .npz beside it.
 
     data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
     predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`).
     times: see `times_key`; milliseconds of each round behind a row of latency, float64 [rounds], paired by round.
-    pages: file name -> Markdown that the book includes as it is. trained_on: see `training.trained_on`, for runs that train. The JSON is written last and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
+    pages: file name -> Markdown that the book includes as it is. A run that trained names the
+    machines which did, by its checkpoints (`run_dir`/checkpoints/`run_id`.pt or `run_id`-*.pt): it may have taken them over. The JSON is written last and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
     """
     run = {
         "notebook": run_id.split("-")[0],
@@ -115,8 +116,10 @@ def save_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {"name": data[0], "sha256": data[1]} if data else None,
         **machine_facts(),
-        **({"trained_on": list(trained_on)} if trained_on else {}),
     }
+    checkpoints = Path(run_dir) / "checkpoints"
+    if trainers := trained_on(*sorted([*checkpoints.glob(f"{run_id}.pt"), *checkpoints.glob(f"{run_id}-*.pt")])):
+        run["trained_on"] = trainers
     tables = {table: [row | {"run_id": run_id} for row in found] for table, found in rows.items()}
     for table, found in tables.items():
         for row in found:
@@ -368,9 +371,9 @@ def right_answers(results: Path, rows: pd.DataFrame) -> dict[int, np.ndarray]:
     return right
 
 
-def seeds_text(count: int) -> str:
-    """How many training seeds, in words: 1 seed, 3 seeds."""
-    return f"{count} seed" + ("s" if count > 1 else "")
+def counted(count: int, noun: str) -> str:
+    """How many of what, in words: 1 seed, 3 seeds."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def data_text(data: str) -> str:
