@@ -386,15 +386,24 @@ def data_text(data: str) -> str:
     return text
 
 
+def machines_text(timed: pd.DataFrame) -> str:
+    """Which machines timed these rows of latency.csv; of several, which architectures each of them."""
+    archs = timed.groupby("machine").arch.unique()
+    if len(archs) == 1:
+        return str(archs.index[0])
+    each = " and on ".join(f"{machine} ({', '.join(found)})" for machine, found in archs.items())
+    return f"{each}, whose times and ratios do not compare with each other's"
+
+
 def conditions_text(data: str, images: int, recipe: str, timed: pd.DataFrame) -> str:
     """What a table of accuracy, latency and size was measured on, and how.
 
-    images: in the test split; timed: rows of latency.csv at one number of threads and one batch size, of one machine.
+    images: in the test split; timed: rows of latency.csv at one number of threads and one batch size, each architecture on one machine.
     """
     first, rounds = timed.iloc[0], " to ".join(str(count) for count in sorted({timed.rounds.min(), timed.rounds.max()}))
     return (
         f"{data_text(data)} {images} test images, recipe {recipe}. Latency: {first.threads} threads, batch {first.batch} unless said, "
-        f"median of {rounds} rounds in one process for each architecture, on {first.machine}; speed-up: over eager FP32. "
+        f"median of {rounds} rounds in one process for each architecture, on {machines_text(timed)}; speed-up: over eager FP32. "
         "Intervals: 95 %; of an accuracy over images and seeds, with one seed over the images only; of a speed-up over the "
         "rounds of that one process: another start of it may give another ratio. "
         "MB: the file that the runtime loads; for eager, the state dict of the converted model."
