@@ -15,6 +15,7 @@ from helpers.records import (
     commit,
     export_row,
     gather,
+    machines_text,
     open_results,
     read_predictions,
     read_results,
@@ -188,3 +189,11 @@ def test_models_that_write_the_same_page_follow_each_other_in_it(tmp_path):
 )
 def test_the_name_of_an_arm_says_what_was_done_to_the_weights(arm, int8, retrained, eager_mode, untrimmed):
     assert arm_facts(arm) == Arm(int8, retrained, eager_mode, untrimmed)
+
+
+def test_times_of_two_machines_are_said_not_to_compare():
+    rows = [("resnet18", "one"), ("resnet34", "other"), ("resnet50", "other")]
+    timed = pd.DataFrame(rows, columns=["arch", "machine"])
+    said = machines_text(timed)
+    assert "one (resnet18) and on other (resnet34, resnet50)" in said and "do not compare" in said
+    assert machines_text(timed[timed.machine == "other"]) == "other"
