@@ -106,8 +106,9 @@ def save_record(
     data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
     predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`).
     times: see `times_key`; milliseconds of each round behind a row of latency, float64 [rounds], paired by round.
-    pages: file name -> Markdown that the book includes as it is. A run that trained names the
-    machines which did, by its checkpoints (`run_dir`/checkpoints/`run_id`.pt or `run_id`-*.pt): it may have taken them over. The JSON is written last and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
+    pages: file name -> Markdown that the book includes as it is. A run that trained names the machines which did, by its
+    checkpoints (`run_dir`/checkpoints/`run_id`.pt or `run_id`-*.pt): it may have taken them over. The JSON is written last
+    and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
     """
     run = {
         "notebook": run_id.split("-")[0],

@@ -108,8 +108,9 @@ def fit(
     epochs: passes over the training images, >= 0. seed: decides the order and the augmentation of every epoch, so an
     interrupted run ends like an uninterrupted one on the same machine. checkpoint: written after each epoch; it is taken
     up again only if recipe, epochs, seed, data, precision and initial weights are the same, also on another machine: one
-    may train and another go on, see `trained_on`. The caller deletes it once the result is safe. before_step(model, done): called before every step, `done` the finished part of the training in
-    [0, 1); a change that it makes at some point must hold from there on, because a resumed training starts at an epoch.
+    may train and another go on, see `trained_on`. The caller deletes it once the result is safe. before_step(model, done):
+    called before every step, `done` the finished part of the training in [0, 1); a change that it makes at some point must
+    hold from there on, because a resumed training starts at an epoch.
     Rows have epoch (from 1), lr (at the end of the epoch), train_loss, val_accuracy in [0, 1], seconds (of training
     and `before_step`, validation left out) and images_per_second. Raises StudyError when the loss or a weight is no longer finite.
     """
@@ -256,7 +257,7 @@ def _fit_key(model: nn.Module, dataset: Dataset, recipe: Recipe, epochs: int, se
 
 def trained_on(*checkpoints: Path) -> list[dict[str, Any]]:
     """The machines, as `machine.machine_facts`, on which `fit` trained what these checkpoints hold; each once."""
-    found = [facts for path in checkpoints if path.exists() for facts in _stored(path)["machines"]]
+    found = [facts for path in checkpoints for facts in _stored(path)["machines"]]
     return [facts for number, facts in enumerate(found) if facts not in found[:number]]
 
 
