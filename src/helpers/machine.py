@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,12 +37,15 @@ ISA_FLAGS = (
 )
 
 
+_cpu_info = cache(cpuinfo.get_cpu_info)  # a second and more each time
+
+
 def machine_facts() -> dict[str, Any]:
     """CPU model, instruction sets that matter for INT8, cores, memory, GPU, system and versions of this machine.
 
     A package that is not installed has no version: training needs no OpenVINO.
     """
-    info = cpuinfo.get_cpu_info()
+    info = _cpu_info()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "cpu": info.get("brand_raw", platform.machine()),

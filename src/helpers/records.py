@@ -372,6 +372,15 @@ def right_answers(results: Path, rows: pd.DataFrame) -> dict[int, np.ndarray]:
     return right
 
 
+def answers_by(results: Path, rows: pd.DataFrame, keys: list[str]) -> dict[tuple, dict[int, np.ndarray]]:
+    """The `right_answers` of each arm in each runtime: values of `keys` -> training seed -> bool [n].
+
+    rows: rows of accuracy.csv. An arm that several runs scored with the same keys and seed counts as the first run_id scored it.
+    """
+    first = rows.sort_values("run_id", kind="stable").drop_duplicates([*keys, "seed"])
+    return {key: right_answers(results, group) for key, group in first.groupby(keys)}
+
+
 def counted(count: int, noun: str) -> str:
     """How many of what, in words: 1 seed, 3 seeds."""
     return f"{count} {noun}" + ("" if count == 1 else "s")

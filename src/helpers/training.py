@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cpuinfo
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -89,7 +88,7 @@ def resolve_precision(precision: str) -> str:
         return precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(cpuinfo.get_cpu_info().get("flags", [])) else "fp32"
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & {*machine_facts()["isa"]} else "fp32"
 
 
 def fit(
