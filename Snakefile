@@ -44,7 +44,7 @@ localrules:
 
 
 wildcard_constraints:
-    arch="resnet[0-9]+",
+    arch="[a-z0-9_]+",
     recipe="[a-z_]+",
     seed="[0-9]+",
 

@@ -177,7 +177,7 @@ def test_a_chapter_has_the_text_of_today_around_the_code_that_was_executed(tmp_p
     cell = nbformat.v4
     injected = cell.new_code_cell("x = 2", metadata={"tags": ["injected-parameters"]})
     executed = cell.new_notebook(cells=[cell.new_markdown_cell("Was."), cell.new_code_cell("x = 1"), injected])
-    for code, expected in (("x = 1", "Is."), ("x = 3", f"Was.\n\n:::{{note}}\n{EARLIER}\n:::")):
+    for code, expected in (("x = 1  # said otherwise", "Is."), ("x = 3", f"Was.\n\n:::{{note}}\n{EARLIER}\n:::")):
         today = cell.new_notebook(cells=[cell.new_markdown_cell("Is."), cell.new_code_cell(code)])
         nbformat.write(executed, tmp_path / "chapter.ipynb")
         nbformat.write(today, tmp_path / "today.ipynb")

@@ -25,7 +25,7 @@ def test_good_parameters_come_back():
         ({"epochs": "ten"}, "", "epochs is 'ten'.*integer"),
         ({"epochs": True}, "", "epochs is True"),
         ({"epochs": -1}, "", "epochs is -1.*greater than or equal to 0"),
-        ({"arch": "resnet19"}, "", "arch is 'resnet19'.*'resnet18', 'resnet34' or 'resnet50'"),
+        ({"arch": "resnet19"}, "", "arch is 'resnet19'.*'resnet18', 'resnet34', 'resnet50' or 'resnet18_cifar'"),
         ({"epoch": 3}, "epoch = 3\n", "epoch is not a parameter of this notebook; it has arch, epochs"),
     ],
 )

@@ -4,6 +4,7 @@ Command line: python -m helpers.book run PROFILE for the book of a run; publish 
 committed ones; published for the book of those.
 """
 
+import ast
 import re
 import shutil
 import subprocess
@@ -58,7 +59,7 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
 def renew_text(chapter: Path, source: Path) -> None:
     """Give a chapter the text that its notebook has today; where other code was executed, say so under its title instead.
 
-    The setup cell, which only finds the study, counts as text.
+    The setup cell, which only finds the study, and comments count as text.
     """
     executed, today = nbformat.read(chapter, as_version=4), nbformat.read(source, as_version=4)
     own = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
@@ -67,10 +68,7 @@ def renew_text(chapter: Path, source: Path) -> None:
     else:
         for cell, new in zip(own, today.cells, strict=True):
             cell.metadata |= new.metadata  # captions
-            if cell.cell_type == "markdown":
-                cell.source = _without_badge(new.source)
-            elif _is_setup(cell):
-                cell.source = new.source
+            cell.source = _without_badge(new.source) if cell.cell_type == "markdown" else new.source
     nbformat.write(executed, chapter)
 
 
@@ -84,7 +82,8 @@ def _without_badge(text: str) -> str:
 
 
 def _code(cells: list[nbformat.NotebookNode]) -> list[str]:
-    return [cell.source for cell in cells if cell.cell_type == "code" and not _is_setup(cell)]
+    """What the code cells do, setup left out: their syntax trees, which comments and line breaks do not change."""
+    return [ast.dump(ast.parse(cell.source)) for cell in cells if cell.cell_type == "code" and not _is_setup(cell)]
 
 
 def _is_setup(cell: nbformat.NotebookNode) -> bool:

@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from helpers.files import StudyError, whole_file
 
-ARCHS = ("resnet18", "resnet34", "resnet50")
+ARCHS = ("resnet18", "resnet34", "resnet50", "resnet18_cifar")
 IMAGE_SIZE = 32  # height and width in pixels, of all images of the study
 
 Predictor = Callable[[np.ndarray], np.ndarray]
@@ -39,10 +39,11 @@ class BottleneckWithoutSecondReLU(quantizable.resnet.QuantizableBottleneck):
 def build_model(arch: str, seed: int = 0, num_classes: int = 10, second_relu: bool = True) -> nn.Module:
     """Build torchvision's quantizable ResNet (He et al., arXiv:1512.03385) with random float weights drawn from `seed`.
 
-    Torchvision has no quantizable ResNet34; it is put together from the same block. Input float32 [N, 3, H, W], output
-    logits [N, num_classes]. second_relu: False leaves out the ReLU after the second batch norm of each bottleneck, as the
-    reference study did; the same seed gives the same weights. Raises StudyError for an arch that is not in ARCHS, and
-    when it has no bottlenecks to leave a ReLU out of.
+    Torchvision has no quantizable ResNet34; it is put together from the same block. `_cifar` is the stem of that paper's
+    own CIFAR models: a 3x3 convolution that keeps the size, and no pooling, so that 32x32 images are 4x4 in the last stage.
+    Input float32 [N, 3, H, W], output logits [N, num_classes]. second_relu: False leaves out the ReLU after the second
+    batch norm of each bottleneck, as the reference study did; the same seed gives the same weights. Raises StudyError for
+    an arch that is not in ARCHS, and when it has no bottlenecks to leave a ReLU out of.
     """
     layers = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
     if arch not in ARCHS:
@@ -54,7 +55,12 @@ def build_model(arch: str, seed: int = 0, num_classes: int = 10, second_relu: bo
     block = bottleneck if arch == "resnet50" else resnet.QuantizableBasicBlock
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return resnet.QuantizableResNet(block, layers[arch], num_classes=num_classes)
+        model = resnet.QuantizableResNet(block, layers[arch.removesuffix("_cifar")], num_classes=num_classes)
+        if arch.endswith("_cifar"):
+            model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+            model.maxpool = nn.Identity()
+        return model
 
 
 def as_quantizable(model: ResNet) -> nn.Module:
