@@ -225,7 +225,8 @@ def freeze_batch_norm(prepared: nn.Module) -> None:
 def freeze_near_the_end(prepared: nn.Module, done: float) -> None:
     """The `before_step` of QAT: ranges rest for the last tenth of the training, batch-norm statistics for the last twentieth.
 
-    Not earlier: weights that still move fast, held in frozen statistics, diverge. done: finished part of the training, [0, 1).
+    Not earlier: weights that still move fast, held in frozen statistics, diverge. done: finished part of the training, [0, 1);
+    of fewer than ten steps none is that late, and nothing rests.
     """
     if done >= 0.90:
         freeze_observers(prepared)
