@@ -187,17 +187,14 @@ def whats_found(results: Path) -> str:
         (results / f"{name}.md").read_text().strip() for name in ("headline", "qat", "default", "collapse")
     )
     shows = "Accuracy minus that of FP32 trained as long, in points, against latency; the chosen rows in colour, with 95 % intervals"
-    picture = f'<img src="book/results/overview.png" width="560" alt="{shows}">'
+    picture = f'<img src="book/results/overview.png" width="420" alt="{shows}">'
     pays = "Does QAT beat PTQ of an FP32 model that trained equally long?"
-    short, note, *_, answers = qat.split("\n\n")
-    theirs = "\n".join(line for line in answers.splitlines() if "the reference study's" in line.lower())
+    short, note, *_ = qat.split("\n\n")
     holds = "Does PTQ hold with PyTorch's default observers, and with ranges that leave out the most extreme 5 % of the calibration images at either end?"
     lines = [line for line in collapse.splitlines() if line.startswith("- ")]
-    causes = [line for line in lines if line == lines[0] or line.startswith("- **")]
+    causes = [*lines[:1], *lines[3:]]  # that it collapses, and what was taken away and given; not by which parts
     why = "Where does the collapse come from? From ResNet50s that were trained briefly to find out:"
-    return "\n\n".join(
-        [headline, picture, pays, short, note, theirs, holds, default, why, "\n".join(causes) or collapse]
-    )
+    return "\n\n".join([headline, picture, pays, short, note, holds, default, why, "\n".join(causes) or collapse])
 
 
 def published_book(run: Path = Path("runs/published"), published: Path = PAGES) -> Path:
