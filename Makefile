@@ -33,6 +33,7 @@ repository: $(BIN)/installed
 # The marker is made last: an installation that was interrupted is taken up again.
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else 'Python 3.11 to 3.13 is needed, this is ' + sys.version.split()[0] + '; name another one: make PYTHON=python3.11 ...')"
+	@echo "Installing into .venv: about 7 GB, once, some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[study,dev]"
 	touch $@

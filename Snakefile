@@ -14,6 +14,8 @@ RUN = f"runs/{NAME}"
 FIRST = PROFILE.trained()[0]
 
 PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar --log-output "
+# Which cell runs says little to who waits; what the cells print stays.
+WITHOUT_CELLS = " 2> >(sed -u -E '/^(Executing|Ending) Cell|^$/d' >&2)"
 RECORD = RUN + "/records/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.json"
 COLLAPSE = f"{RUN}/records/09_ptq_collapse-s{FIRST['seed']}.json"
 EXECUTED = RUN + "/notebooks/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.ipynb"
@@ -96,7 +98,7 @@ for notebook, needed in BEFORE.items():
             mem_mb=4000,
             gpu=config.get("gpu", 0) if notebook in TRAINS else 0,
         shell:
-            PAPERMILL + "{input.notebook} {log} -y {params}"
+            PAPERMILL + "{input.notebook} {log} -y {params}" + WITHOUT_CELLS
 
 
 # Four ResNet50s of its own, and the study's if it trains one.
@@ -118,7 +120,7 @@ rule ptq_collapse:
         mem_mb=4000,
         gpu=config.get("gpu", 0),
     shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}"
+        PAPERMILL + "{input.notebook} {log} -y {params}" + WITHOUT_CELLS
 
 
 for notebook in ALONE:
@@ -140,7 +142,7 @@ for notebook in ALONE:
         resources:
             mem_mb=4000,
         shell:
-            PAPERMILL + "{input.notebook} {log} -y {params}"
+            PAPERMILL + "{input.notebook} {log} -y {params}" + WITHOUT_CELLS
 
 
 # These read the records of all others, and write pages of the book.
@@ -165,7 +167,7 @@ for notebook, page in PAGES.items():
         resources:
             mem_mb=4000,
         shell:
-            PAPERMILL + "{input.notebook} {log} -y {params}"
+            PAPERMILL + "{input.notebook} {log} -y {params}" + WITHOUT_CELLS
 
 
 rule book:
