@@ -134,6 +134,8 @@ def fit(
     if len(history) < epochs and (here := machine_facts()) not in machines:
         machines.append(here)
 
+    if len(history) < epochs:
+        print(f"{label}: epochs {len(history) + 1} to {epochs}, {steps} steps each", flush=True)
     for epoch in range(len(history), epochs):
         started = time.perf_counter()
         batches = _batches(dataset, split, recipe.batch_size, steps, seed, epoch)
