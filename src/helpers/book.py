@@ -91,8 +91,11 @@ def _is_setup(cell: nbformat.NotebookNode) -> bool:
 
 
 def _of_widgets(output: nbformat.NotebookNode) -> bool:
-    """Whether an output is a progress bar that needs a widget library, or a complaint that there is none."""
-    return WIDGET in output.get("data", {}) or "IProgress not found" in output.get("text", "")
+    """Whether an output is a progress bar that needs a widget library, a complaint that there is none, or the blank that it leaves."""
+    text = output.get("text")
+    return WIDGET in output.get("data", {}) or (
+        text is not None and (not text.strip() or "IProgress not found" in text)
+    )
 
 
 def copy_unexecuted(notebook: str, chapters: Path) -> None:

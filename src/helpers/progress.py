@@ -13,7 +13,8 @@ from tqdm.auto import tqdm  # noqa: E402
 
 T = TypeVar("T")
 
-BATCH_RUNNERS = ("papermill", "nbconvert", "nbclient", "jupyter-execute", "snakemake")
+# A notebook that another one runs (`parameters.ensure`) is a child of that one's kernel.
+BATCH_RUNNERS = ("papermill", "nbconvert", "nbclient", "jupyter-execute", "snakemake", "ipykernel")
 
 
 def person_watches() -> bool:

@@ -165,9 +165,10 @@ def fit(
         with whole_file(checkpoint) as aside:
             torch.save({"key": key, "history": history, "machines": machines} | states, aside)
         left = (epochs - epoch - 1) * sum(row["seconds"] for row in history) / len(history)
+        left_text = f"about {left / 60:.0f} min left" if left >= 60 else "under a minute left" if left else "done"
         print(
             f"{label} epoch {epoch + 1}/{epochs}: loss {loss:.3f}, validation {validation.accuracy:.1%}, {seconds:.0f} s "
-            f"({history[-1]['images_per_second']:.0f} images/s), about {left / 60:.0f} min left",
+            f"({history[-1]['images_per_second']:.0f} images/s), {left_text}",
             flush=True,
         )
     model.to("cpu", memory_format=torch.contiguous_format).eval()
