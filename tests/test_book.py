@@ -128,7 +128,12 @@ def test_a_published_book_keeps_other_runs_and_takes_every_run_once(smoke, tmp_p
     readme.write_text("# Title\n<!-- found -->the text before<!-- end of found -->\nrest\n")
     publish("smoke", committed, readme)
     text = readme.read_text()
-    assert "times as fast" in text and "chosen: `" in text and "the text before" not in text and text.endswith("rest\n")
+    assert (
+        "times as fast" in text
+        and "ResNet18, start: `" in text
+        and "the text before" not in text
+        and text.endswith("rest\n")
+    )
     once = read_results(committed / "results")
     foreign = once["training"].assign(run_id="01_train-resnet34-tuned-s0", arch="resnet34")
     path = committed / "results" / "training.csv"
