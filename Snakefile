@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from helpers.models import ARCHS
 from helpers.parameters import LEFT_OUT, NEEDS, load_profile
 
 NAME = config.get("profile", "quick")
@@ -13,9 +14,11 @@ PROFILE = load_profile(NAME)
 RUN = f"runs/{NAME}"
 FIRST = PROFILE.trained()[0]
 
-PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar --log-output "
-# Which cell runs says little to who waits; what the cells print stays.
-WITHOUT_CELLS = " 2> >(sed -u -E '/^(Executing|Ending) Cell|^$/d' >&2)"
+# Which cell runs says little to who waits: papermill's lines about it are left out; what the cells print stays.
+PAPERMILL = (
+    f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}"
+    " 2> >(sed -u -E '/^(Executing|Ending) Cell|^$/d' >&2)"
+)
 RECORD = RUN + "/records/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.json"
 COLLAPSE = f"{RUN}/records/09_ptq_collapse-s{FIRST['seed']}.json"
 EXECUTED = RUN + "/notebooks/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.ipynb"
@@ -46,7 +49,7 @@ localrules:
 
 
 wildcard_constraints:
-    arch="[a-z0-9_]+",
+    arch="|".join(ARCHS),
     recipe="[a-z_]+",
     seed="[0-9]+",
 
@@ -98,7 +101,7 @@ for notebook, needed in BEFORE.items():
             mem_mb=4000,
             gpu=config.get("gpu", 0) if notebook in TRAINS else 0,
         shell:
-            PAPERMILL + "{input.notebook} {log} -y {params}" + WITHOUT_CELLS
+            PAPERMILL
 
 
 # Four ResNet50s of its own, and the study's if it trains one.
@@ -120,7 +123,7 @@ rule ptq_collapse:
         mem_mb=4000,
         gpu=config.get("gpu", 0),
     shell:
-        PAPERMILL + "{input.notebook} {log} -y {params}" + WITHOUT_CELLS
+        PAPERMILL
 
 
 for notebook in ALONE:
@@ -142,7 +145,7 @@ for notebook in ALONE:
         resources:
             mem_mb=4000,
         shell:
-            PAPERMILL + "{input.notebook} {log} -y {params}" + WITHOUT_CELLS
+            PAPERMILL
 
 
 # These read the records of all others, and write pages of the book.
@@ -167,7 +170,7 @@ for notebook, page in PAGES.items():
         resources:
             mem_mb=4000,
         shell:
-            PAPERMILL + "{input.notebook} {log} -y {params}" + WITHOUT_CELLS
+            PAPERMILL
 
 
 rule book:

@@ -106,7 +106,8 @@ def test_a_trimmed_resnet_is_far_smaller_and_answers_alike(arch):
         expected, got = model(images), trimmed(images)
     assert (expected - got).abs().max() < 1e-4 * expected.abs().max()
     least = {"resnet18": 0.62, "resnet34": 0.52, "resnet50": 0.23, "resnet18_cifar": 0.0}[arch]
-    assert 1 - count_parameters(trimmed) / count_parameters(model) >= least
+    cut = 1 - count_parameters(trimmed) / count_parameters(model)
+    assert cut > least if least else cut == 0  # no map of the CIFAR stem is small enough
     assert count_parameters(trim_dead_taps(model, 224)) == count_parameters(model)
     with pytest.raises(StudyError, match="at least 1"):
         trim_dead_taps(model, 0)

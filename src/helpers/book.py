@@ -49,7 +49,7 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
         if cell.cell_type == "markdown":
             cell.source = _without_badge(cell.source)
         else:
-            cell.outputs = [output for output in cell.outputs if not _of_widgets(output)]
+            cell.outputs = [output for output in cell.outputs if not _shows_nothing(output)]
     for leftover in ("papermill", "widgets"):
         notebook.metadata.pop(leftover, None)
     chapter.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def _is_setup(cell: nbformat.NotebookNode) -> bool:
     return "setup" in cell.metadata.get("tags", [])
 
 
-def _of_widgets(output: nbformat.NotebookNode) -> bool:
+def _shows_nothing(output: nbformat.NotebookNode) -> bool:
     """Whether an output is a progress bar that needs a widget library, a complaint that there is none, or the blank that it leaves."""
     text = output.get("text")
     return WIDGET in output.get("data", {}) or (

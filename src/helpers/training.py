@@ -131,11 +131,11 @@ def fit(
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps * epochs)
     parts = {"model": model, "optimizer": optimizer, **({"scheduler": scheduler} if scheduler else {})}
     history, machines = _resume(checkpoint, key, parts, epochs)
-    if len(history) < epochs and (here := machine_facts()) not in machines:
-        machines.append(here)
-
     if len(history) < epochs:
-        print(f"{label}: epochs {len(history) + 1} to {epochs}, {steps} steps each", flush=True)
+        if (here := machine_facts()) not in machines:
+            machines.append(here)
+        print(f"{label}: {epochs - len(history)} passes of {steps} steps, a line after each", flush=True)
+
     for epoch in range(len(history), epochs):
         started = time.perf_counter()
         batches = _batches(dataset, split, recipe.batch_size, steps, seed, epoch)
