@@ -25,8 +25,8 @@ EXECUTED = RUN + "/notebooks/{notebook}-{{arch}}-{{recipe}}-s{{seed}}.ipynb"
 
 # Cores of one machine: here those that Snakemake was given; on a cluster, where it gets none, the configuration's `threads`.
 CORES = workflow.cores or int(config.get("threads", 1))
-# Models train side by side when there are several, and at 32x32 pixels more than four threads do not help one.
-threads_each = max(1, min(4, CORES // len(PROFILE.trained())))
+# Models train side by side on one machine when there are several; at 32x32 pixels more than four threads do not help one.
+threads_each = max(1, min(4, CORES // len(PROFILE.trained()) if workflow.cores else CORES))
 
 
 def parameters(notebook):

@@ -8,7 +8,7 @@ from helpers.quantization import ENGINES
 from helpers.records import save_record
 
 ONE = "models: [{archs: [resnet18], recipes: [tuned], seeds: [0]}]"
-GOOD = {"arch": "resnet18", "epochs": 3}
+GOOD = {"arch": "resnet18", "epochs": 3, "limit": 0}
 
 
 def namespace(values, injected=""):
@@ -25,6 +25,7 @@ def test_good_parameters_come_back():
         ({"epochs": "ten"}, "", "epochs is 'ten'.*integer"),
         ({"epochs": True}, "", "epochs is True"),
         ({"epochs": -1}, "", "epochs is -1.*greater than or equal to 0"),
+        ({"limit": 1}, "", "limit is 1; use 0 for all images, or at least 2"),
         ({"arch": "resnet19"}, "", "arch is 'resnet19'.*'resnet18', 'resnet34', 'resnet50' or 'resnet18_cifar'"),
         ({"epoch": 3}, "epoch = 3\n", "epoch is not a parameter of this notebook; it has arch, epochs"),
     ],
@@ -52,6 +53,7 @@ def test_every_parameter_of_a_notebook_has_a_meaning_and_a_range():
             "epoch is not a parameter of .*mine.yml: 01_train",
         ),
         (ONE + "\nnotebooks: {01_train: {epochs: 1e1x}}", "epochs is '1e1x'"),
+        (ONE + "\nnotebooks: {01_train: {limit: 64}}", "01_train.limit is the same in all notebooks"),
         (ONE + "\nnotebooks: {02_ptq: {arch: resnet34}}", "arch is not a parameter of .*mine.yml: 02_ptq"),
         (
             ONE[:-2] + ", notebooks: {09_ptq_collapse: {epochs: 1}}}]",

@@ -31,8 +31,7 @@ import sys
 from pathlib import Path
 import torch
 from helpers.data import load_data
-from helpers.models import build_model, save_weights
-from helpers.quantization import freeze_batch_norm, freeze_observers, fuse_for_qat, prepare_qat
+from helpers.models import build_model
 from helpers.training import RECIPES, fit
 
 torch.set_num_threads(1)

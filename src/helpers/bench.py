@@ -6,11 +6,12 @@ over rounds is shown. CIFAR-10 is read if it is at hand, else the digits, repeat
 
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from helpers.data import Dataset, Split, find_cifar10, load_data, load_parquet
 from helpers.files import StudyError
@@ -46,9 +47,10 @@ def fit_speed(dataset: Dataset) -> float:
         ]
 
 
-def _steps(model: nn.Module, batches) -> float:
+def _steps(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Images per second of forward, backward, step over `batches` of (images, labels)."""
-    model.train().to(memory_format=torch.channels_last)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where `fit` trains
+    model.train().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(),
         RECIPE.learning_rate,
@@ -59,12 +61,14 @@ def _steps(model: nn.Module, batches) -> float:
     enabled = resolve_precision("auto") == "bf16"
     started, seen = time.perf_counter(), 0
     for images, labels in batches:
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = nn.functional.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
+        images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            loss = nn.functional.cross_entropy(model(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         seen += len(labels)
+    loss.item()  # a GPU has only been told what to do
     return seen / (time.perf_counter() - started)
 
 

@@ -56,3 +56,4 @@ def check_writable(folder: Path) -> None:
     """Raise StudyError now if nothing can be written into `folder` later."""
     with whole_file(Path(folder) / ".writable") as aside:
         aside.touch()
+    (Path(folder) / ".writable").unlink(missing_ok=True)

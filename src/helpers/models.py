@@ -146,9 +146,13 @@ def _input_shapes(model: nn.Module, input_size: int) -> dict[str, tuple[int, int
     model = copy.deepcopy(model).eval()  # observers must not see the empty image
     shapes: dict[str, tuple[int, int]] = {}
 
-    def look(name: str):
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_conv: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            shapes[name] = (inputs[0].shape[-2], inputs[0].shape[-1])
+            shape = (inputs[0].shape[-2], inputs[0].shape[-1])
+            if shapes.setdefault(name, shape) != shape:
+                raise StudyError(
+                    f"{name} sees maps of {shapes[name]} and of {shape}; only a convolution of one size can be trimmed."
+                )
 
         return hook
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
 from helpers.data import DATA_NAMES, TRAINING_IMAGES
 from helpers.files import StudyError, check_writable
@@ -23,6 +24,14 @@ from helpers.training import PRECISIONS, RECIPES
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _all_or_several(limit: int) -> int:
+    if limit == 1:
+        raise PydanticCustomError("limit", "use 0 for all images, or at least 2: batch norm needs two to train")
+    return limit
+
+
 Arch = Literal[*ARCHS]
 RecipeName = Literal[*RECIPES]
 
@@ -33,7 +42,7 @@ PARAMETERS: dict[str, Any] = {
     "seed": Count,
     "data": Literal[*DATA_NAMES],
     "data_dir": str,
-    "limit": Count,
+    "limit": Annotated[int, Field(ge=0), AfterValidator(_all_or_several)],
     "run_dir": Annotated[str, Field(min_length=1)],
     "epochs": Count,
     "extra_epochs": Count,
@@ -92,6 +101,8 @@ NEEDS: dict[str, list[str]] = {
 }
 # What a profile says with its models and its name, and nowhere else.
 OF_THE_MODEL = ("arch", "recipe", "seed", "archs", "run_dir")
+# Which images: the same for all that is done to a model, so a profile says it under `common`.
+OF_THE_STUDY = ("data", "data_dir", "limit")
 # These read the records of all others, and train or time nothing.
 READERS = ("07_analysis", "08_qat_or_longer", "17_decide")
 # These are about eager-mode INT8, and left out where PyTorch has none; the others run with the rows that exist.
@@ -232,6 +243,8 @@ def load_profile(name: str, folder: Path = Path("profiles")) -> Profile:
     ):
         _no_others(list(notebooks), list(allowed), f"{path}, which names notebooks here")
         for notebook, values in notebooks.items():
+            for key in values.keys() & OF_THE_STUDY if notebook in of_models else ():
+                raise StudyError(f"{path}: {notebook}.{key} is the same in all notebooks; give it under common.")
             _no_others(list(values), settable[notebook], f"{path}: {notebook}")
             _checked(values, f"{path}: {notebook}.")
     return profile

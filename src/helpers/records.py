@@ -335,6 +335,36 @@ def open_timed(
     return results, *open_results(run_dir, results)
 
 
+def what_was_timed(
+    latency: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]], archs: list[str]
+) -> tuple[str, str, int]:
+    """At what the rows of a study can be set side by side: (data, recipe, threads).
+
+    data: name of the one that the models were trained on. recipe: that most rows of `latency` were timed with. threads: the
+    largest count at which every one of `archs` was timed with it. Raises StudyError when the models were trained on
+    different data, and when an arch was timed on several machines, with other recipes only, or at other counts only.
+    """
+    data = sorted({run["data"]["name"] for run in runs.values() if run["notebook"] == "01_train"})
+    if len(data) != 1:
+        raise StudyError(
+            f"The models were trained on {' and '.join(data) or 'no data'}; keep the records of one data set."
+        )
+    recipe = str(latency.recipe.value_counts().index[0])
+    counts = []
+    for arch in archs:
+        of = latency[(latency.arch == arch) & (latency.recipe == recipe)]
+        if of.machine.nunique() != 1:
+            where = " and ".join(sorted(of.machine.unique())) or "no machine"
+            raise StudyError(f"{arch} with the recipe {recipe} was timed on {where}; keep the records of one.")
+        counts.append({int(count) for count in of.threads})
+    if not (common := set.intersection(*counts)):
+        each = "; ".join(f"{arch} {sorted(of)}" for arch, of in zip(archs, counts, strict=True))
+        raise StudyError(
+            f"No count of threads is common to all: {each}. Time them again (notebook 6) with one of them."
+        )
+    return data[0], recipe, max(common)
+
+
 def read_runs(results: Path) -> dict[str, dict[str, Any]]:
     """Read runs.json: run_id -> how that run came to be."""
     return json.loads((Path(results) / "runs.json").read_text())

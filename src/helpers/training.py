@@ -27,7 +27,11 @@ from helpers.progress import progress
 
 @dataclass(frozen=True)
 class Recipe:
-    """How SGD runs. learning_rate: constant, or the peak of a one-cycle schedule (Smith and Topin, arXiv:1708.07120)."""
+    """How SGD runs. learning_rate: constant, or the peak of a one-cycle schedule (Smith and Topin, arXiv:1708.07120).
+
+    momentum: constant; under a one-cycle schedule only that there is one, because the schedule moves it against the learning
+    rate, from 0.95 to 0.85 at the peak and back (the defaults of `torch.optim.lr_scheduler.OneCycleLR`).
+    """
 
     learning_rate: float
     one_cycle: bool = False
