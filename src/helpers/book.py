@@ -41,6 +41,7 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
     """Copy an executed notebook, so changed that the book loads nothing from other hosts.
 
     The Colab badge becomes a text link (see `_without_badge`), and progress bars that need a widget library are left out.
+    Raises StudyError when the notebook was not run.
     """
     if not executed.exists():
         raise StudyError(f"{executed} is missing; run its notebook first.")
@@ -201,7 +202,10 @@ def whats_found(results: Path) -> str:
 
 
 def published_book(run: Path = Path("runs/published"), published: Path = PAGES) -> Path:
-    """Build the book of the committed results and chapters; only the notebooks that read records run. Returns the first page."""
+    """Build the book of the committed results and chapters; only the notebooks that read records run. Returns the first page.
+
+    Raises StudyError when nothing was published or nothing of it was timed, and with what went wrong in building.
+    """
     book = run / "book"
     for part in ("results", "chapters"):
         if not (published / part).exists():

@@ -135,7 +135,7 @@ def pixels_sha256(train: Split, test: Split) -> str:
 
 
 def check_available(name: str, data_dir: str = "") -> None:
-    """Raise StudyError now if `name` cannot be found later. Reads no pixels and downloads nothing."""
+    """Raise StudyError now if a folder is given that does not hold `name`. Reads no pixels; what must be downloaded is not tried."""
     if name == "cifar10":
         find_cifar10(data_dir)
 
@@ -199,7 +199,11 @@ def _cifar10(data_dir: str, cache_dir: Path) -> Dataset:
 
 
 def find_cifar10(data_dir: str) -> tuple[str, Path | None]:
-    """Where CIFAR-10 comes from: ("torchvision" or "parquet", folder), or ("torchvision", None) for a download."""
+    """Where CIFAR-10 comes from: ("torchvision" or "parquet", folder), or ("torchvision", None) for a download.
+
+    data_dir: the folder to look in; empty: that of the environment variable CIFAR10_ROOT. Raises StudyError when a folder is
+    given and holds neither form.
+    """
     given = data_dir or os.environ.get("CIFAR10_ROOT", "")
     if not given:
         return "torchvision", None

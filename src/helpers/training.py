@@ -109,7 +109,7 @@ def fit(
     """Train `model` in place on `dataset.train` and return one row an epoch; the same call resumes after an interruption.
 
     epochs: passes over the training images, >= 0. seed: decides the order and the augmentation of every epoch, so an
-    interrupted run ends like an uninterrupted one on the same machine. checkpoint: written after each epoch; it is taken
+    interrupted run ends like an uninterrupted one on the same CPU (a GPU may round differently each time). checkpoint: written after each epoch; it is taken
     up again only if recipe, epochs, seed, data, precision and initial weights are the same, also on another machine: one
     may train and another go on, see `trained_on`. The caller deletes it once the result is safe. before_step(model, done):
     called before every step, `done` the finished part of the training in [0, 1); a change that it makes at some point must
