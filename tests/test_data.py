@@ -125,6 +125,16 @@ def test_calibration_images_are_the_same_for_the_same_seed():
     assert not torch.equal(calibration_images(dataset, 8, 1), calibration_images(dataset, 8, 2))
 
 
+def test_a_damaged_cache_is_made_again(tmp_path, pictures):
+    write_cifar(tmp_path, pictures, range(len(pictures)), "PNG")
+    before = load_parquet(tmp_path, tmp_path / "cache")[0]
+    (cache,) = (tmp_path / "cache").iterdir()
+    content = bytearray(cache.read_bytes())
+    content[len(content) // 3] ^= 255
+    cache.write_bytes(content)
+    assert torch.equal(load_parquet(tmp_path, tmp_path / "cache")[0].images, before.images)
+
+
 def test_lossless_images_find_their_jpeg_versions(tmp_path, pictures):
     smooth = np.repeat(np.repeat(pictures[:, ::16, ::16], 16, 1), 16, 2)  # noise would not survive JPEG
     write_cifar(tmp_path, smooth, [0, 1, 2, 3, 4, 9], "JPEG")

@@ -237,15 +237,22 @@ def load_parquet(folder: Path, cache_dir: Path) -> tuple[Split, Split, str]:
     files = {part: sorted(folder.glob(f"{part}-*.parquet")) for part in ("train", "test")}
     key = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for fs in files.values() for f in fs])
     cache = cache_dir / f"cifar10-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    if not zipfile.is_zipfile(cache):  # missing or damaged
-        arrays: dict[str, np.ndarray] = {}
-        lossy = False
-        for part, paths in files.items():
-            arrays[f"{part}_images"], arrays[f"{part}_labels"], jpeg = read_parquet(paths)
-            lossy |= jpeg
-        arrays["name"] = np.array("cifar10-jpeg" if lossy else "cifar10")
-        with whole_file(cache) as aside:
-            np.savez(aside, **arrays)
+    try:
+        return _decoded(cache)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # missing or damaged
+        pass
+    arrays: dict[str, np.ndarray] = {}
+    lossy = False
+    for part, paths in files.items():
+        arrays[f"{part}_images"], arrays[f"{part}_labels"], jpeg = read_parquet(paths)
+        lossy |= jpeg
+    arrays["name"] = np.array("cifar10-jpeg" if lossy else "cifar10")
+    with whole_file(cache) as aside:
+        np.savez(aside, **arrays)
+    return _decoded(cache)
+
+
+def _decoded(cache: Path) -> tuple[Split, Split, str]:
     with np.load(cache) as stored:
         train, test = (
             Split(torch.from_numpy(stored[f"{part}_images"]), torch.from_numpy(stored[f"{part}_labels"]))
