@@ -107,6 +107,10 @@ def test_the_readers_take_other_seeds_models_that_were_only_scored_and_one_that_
     for row in elsewhere["tables"]["latency"]:
         row |= {"machine": "Other CPU, 8 cores, avx2", "speedup": 100 * row["speedup"]}
     (results / "elsewhere" / "06_benchmark-other.json").write_text(json.dumps(elsewhere))
+    rows = read_results(smoke / "book" / "results")["accuracy"]
+    rows["accuracy"] = rows.arm.map({"qat": 0.75, "ptq_longer": 0.5}).fillna(rows.accuracy)
+    (results / "superseded").mkdir()
+    rows.to_csv(results / "superseded" / "accuracy.csv", index=False)
     for reader in READERS:
         archs = ("-y", "archs: [resnet18, resnet18_cifar]") if reader != "08_qat_or_longer" else ()
         done = papermill(reader, tmp_path / f"{reader}.ipynb", "-p", "run_dir", tmp_path / "run", *archs)
@@ -116,6 +120,8 @@ def test_the_readers_take_other_seeds_models_that_were_only_scored_and_one_that_
         line for line in (results / "qat.md").read_text().splitlines() if re.match(r"\| resnet18 +\| tuned", line)
     )
     assert row.count(", 1 seed") == 4  # of `qat` there is one, in every runtime
+    assert "; +25.00 in a superseded training of seed 0" in (results / "qat.md").read_text()
+    assert "A superseded training of seed 0: FP32" in (results / "default.md").read_text()
     assert "**resnet50**" in (results / "default.md").read_text()
     assert "**ResNet50** was scored only" in (results / "headline.md").read_text()
     assert "On another machine (Other CPU, 8 cores) the fastest" in (results / "headline.md").read_text()

@@ -85,15 +85,16 @@ def test_a_row_is_faster_by_its_interval_or_where_there_is_none_by_its_p90():
     def row(median, p90, low=np.nan, high=np.nan):
         return {"median_ms": median, "p90_ms": p90, "speedup_low": low, "speedup_high": high}
 
-    assert shown_faster(row(1.0, 1.5, 9.8, 10.2), row(1.1, 1.6, 9.0, 9.7))
-    assert not shown_faster(row(1.0, 1.05, 9.8, 10.2), row(1.1, 1.6, 9.0, 9.8))
+    assert shown_faster(row(1.0, 1.5, 9.8, 10.2), row(1.2, 1.8, 8.5, 8.8))
+    assert not shown_faster(row(1.0, 1.05, 9.8, 10.2), row(1.2, 1.8, 8.5, 9.0))  # as far apart as the same work may be
     # Rounds of one process are paired: of times that rise and fall together, the interval of the ratio decides.
     rounds = np.random.default_rng(0).lognormal(0, 0.5, 50)
-    fast, slow = (row(np.median(ms), np.quantile(ms, 0.9), 1, 9) | {"times": ms} for ms in (rounds, 1.1 * rounds))
+    fast, slow = (row(np.median(ms), np.quantile(ms, 0.9), 1, 9) | {"times": ms} for ms in (rounds, 1.2 * rounds))
     assert shown_faster(fast, slow) and not shown_faster(slow, fast) and not shown_faster(fast, fast)
     assert not shown_faster(fast | {"run_id": "a"}, slow | {"run_id": "b"})  # two processes: nothing is paired
     assert not shown_faster(fast, slow | {"times": None})
-    assert not shown_faster(row(1.0, 1.5), row(1.1, 1.6, 9.0, 9.7)) and shown_faster(row(1.0, 1.05), row(1.1, 1.6))
+    assert not shown_faster(fast, slow | {"times": 1.05 * rounds})  # nearer than rows that do the same work
+    assert not shown_faster(row(1.0, 1.5), row(1.2, 1.8, 8.5, 8.8)) and shown_faster(row(1.0, 1.05), row(1.2, 1.8))
 
 
 def test_paired_bootstrap_covers_the_difference_and_knows_pairs():

@@ -196,7 +196,7 @@ def whats_found(results: Path) -> str:
     short, note, *_ = qat.split("\n\n")
     holds = "Does PTQ hold with PyTorch's default observers, and with ranges that leave out the most extreme 5 % of the calibration images at either end?"
     lines = [line for line in collapse.splitlines() if line.startswith("- ")]
-    causes = [*lines[:1], *lines[3:]]  # that it collapses, and what was taken away and given; not by which parts
+    causes = [*lines[:1], *lines[2:]]  # that it collapses, on what, and what was taken away and given
     why = "Where does the collapse come from? From ResNet50s that were trained briefly to find out:"
     return "\n\n".join([headline, picture, pays, short, note, holds, default, why, "\n".join(causes) or collapse])
 

@@ -335,6 +335,15 @@ def open_timed(
     return results, *open_results(run_dir, results)
 
 
+def read_superseded(results: Path) -> pd.DataFrame:
+    """Rows of accuracy.csv of trainings in whose place `results` has another of the same seed; none where there are none.
+
+    `results`/superseded has them and their runs.json: what they gave counts, though nothing of it can be timed any more.
+    """
+    path = Path(results) / "superseded" / "accuracy.csv"
+    return pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame(columns=COLUMNS["accuracy"])
+
+
 def what_was_timed(
     latency: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]], archs: list[str]
 ) -> tuple[str, str, int]:

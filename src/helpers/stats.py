@@ -7,7 +7,9 @@ import numpy as np
 from scipy.stats import binomtest, t
 from statsmodels.stats.proportion import proportion_confint
 
-FEW = 10  # images on which two arms differ: below, the percentile bootstrap is too narrow
+FEW = 30  # images on which two arms differ: below, the percentile bootstrap is too narrow
+# Rows that do the same work with other numbers in it (ptq, ptq_longer, qat) lie apart by up to this in one process.
+SAME_WORK = 1.1
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -163,19 +165,19 @@ def speedup_interval(
 def shown_faster(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether the first of two rows of latency, of one number of threads and one batch size, is shown to be faster.
 
-    It is if the 95 % interval of how many times faster it is lies above 1: paired by round, where both have `times` of one
-    process (see records.with_times). Without them, if the intervals of their speed-ups, `speedup_low` to `speedup_high`, do
-    not overlap; where either has none (NaN), if its `p90_ms` is below the `median_ms` of the second. Rows of which neither
-    is shown to be faster tie; so may two rows of which a third is shown to be faster than one only.
+    It is if the 95 % interval of how many times faster it is lies above SAME_WORK: paired by round, where both have `times` of
+    one process (see records.with_times). Without them, if the intervals of their speed-ups, `speedup_low` to `speedup_high`,
+    lie as far apart; where either has none (NaN), if its `p90_ms` is as far below the `median_ms` of the second. Rows of which
+    neither is shown to be faster tie; so may two rows of which a third is shown to be faster than one only.
     """
     times = first.get("times"), second.get("times")
     if first.get("run_id") == second.get("run_id") and all(isinstance(values, np.ndarray) for values in times):
-        if times[0].max() < times[1].min():  # so is every draw's median: the answer without the draws
+        if SAME_WORK * times[0].max() < times[1].min():  # so is every draw's median: the answer without the draws
             return True
-        return first["median_ms"] < second["median_ms"] and speedup_interval(times[1], times[0], seed=0)[0] > 1
+        return first["median_ms"] < second["median_ms"] and speedup_interval(times[1], times[0], seed=0)[0] > SAME_WORK
     if np.isfinite([first["speedup_low"], second["speedup_high"]]).all():
-        return bool(first["speedup_low"] > second["speedup_high"])
-    return bool(first["p90_ms"] < second["median_ms"])
+        return bool(first["speedup_low"] > SAME_WORK * second["speedup_high"])
+    return bool(SAME_WORK * first["p90_ms"] < second["median_ms"])
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
