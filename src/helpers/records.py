@@ -335,13 +335,18 @@ def open_timed(
     return results, *open_results(run_dir, results)
 
 
-def read_superseded(results: Path) -> pd.DataFrame:
-    """Rows of accuracy.csv of trainings in whose place `results` has another of the same seed; none where there are none.
+def superseded_trainings(results: Path, data_name: str, engine: str) -> dict[tuple[str, str, int], pd.Series]:
+    """Trainings in whose place `results` has another of the same seed: (arch, recipe, seed) -> accuracy of each arm in eager PyTorch.
 
-    `results`/superseded has them and their runs.json: what they gave counts, though nothing of it can be timed any more.
+    `results`/superseded has their rows and runs.json: what they gave counts, though nothing of it can be timed any more.
+    Accuracies are in 0 to 1, on the copy of the data called `data_name`, of INT8 kernels of `engine`; {} where nothing was superseded.
     """
     path = Path(results) / "superseded" / "accuracy.csv"
-    return pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame(columns=COLUMNS["accuracy"])
+    if not path.exists():
+        return {}
+    rows = pd.read_csv(path, keep_default_na=False)
+    rows = rows[(rows.runtime == "eager") & (rows.data == data_name) & rows.engine.isin(["", engine])]
+    return {training: of.set_index("arm").accuracy for training, of in rows.groupby(["arch", "recipe", "seed"])}
 
 
 def what_was_timed(
