@@ -186,14 +186,23 @@ def code_of(path):
     ]
 
 
-def test_a_chapter_has_the_text_of_today_around_the_code_that_was_executed(tmp_path):
+def test_a_chapter_has_the_text_of_today_or_says_where_its_code_is_another(tmp_path):
     cell = nbformat.v4
     injected = cell.new_code_cell("x = 2", metadata={"tags": ["injected-parameters"]})
-    executed = cell.new_notebook(cells=[cell.new_markdown_cell("Was."), cell.new_code_cell("x = 1"), injected])
-    for code, expected in (("x = 1  # said otherwise", "Is."), ("x = 3", f"Was.\n\n:::{{note}}\n{EARLIER}\n:::")):
-        today = cell.new_notebook(cells=[cell.new_markdown_cell("Is."), cell.new_code_cell(code)])
+
+    def notebook(title, *codes):
+        cells = [cell.new_markdown_cell(title)]
+        for number, code in enumerate(codes):
+            cells += [cell.new_markdown_cell(f"## Part {number}"), cell.new_code_cell(code)]
+        return cells
+
+    for code, expected in (
+        ("y = 1  # said otherwise", "# Is"),
+        ("y = 3", f'# Was\n\n:::{{note}}\n{EARLIER}"Part 1".\n:::'),
+    ):
+        executed = cell.new_notebook(cells=[*notebook("# Was", "x = 1", "y = 1"), injected])
         nbformat.write(executed, tmp_path / "chapter.ipynb")
-        nbformat.write(today, tmp_path / "today.ipynb")
+        nbformat.write(cell.new_notebook(cells=notebook("# Is", "x = 1", code)), tmp_path / "today.ipynb")
         renew_text(tmp_path / "chapter.ipynb", tmp_path / "today.ipynb")
         found = nbformat.read(tmp_path / "chapter.ipynb", as_version=4).cells
-        assert found[0].source == expected and len(found) == 3
+        assert found[0].source == expected and len(found) == len(executed.cells)

@@ -24,7 +24,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 FOUND = re.compile(r"(<!-- found -->).*(<!-- end of found -->)", re.DOTALL)
 INCLUDED = re.compile(r"^\s*```\{include\} (results/\S+\.md)", re.MULTILINE)
 NOT_DONE = "This run has not done this part."
-EARLIER = "Executed with an earlier version of this notebook, whose code is shown; today's differs."
+EARLIER = "Executed with an earlier version of this notebook, whose code is shown; today's differs under "
 PLACEHOLDER = "/github/example/"  # until `make repository` has given the study its address
 BADGE = re.compile(r"\[!\[(?P<text>[^]]*)\]\([^)]*\)\]\((?P<link>[^)]*)\)")
 
@@ -58,14 +58,17 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
 
 
 def renew_text(chapter: Path, source: Path) -> None:
-    """Give a chapter the text that its notebook has today; where other code was executed, say so under its title instead.
+    """Give a chapter the text that its notebook has today; where other code was executed, say so and where under its title instead.
 
     The setup cell, which only finds the study, and comments count as text.
     """
     executed, today = nbformat.read(chapter, as_version=4), nbformat.read(source, as_version=4)
     own = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    if _code(own) != _code(today.cells) or [c.cell_type for c in own] != [c.cell_type for c in today.cells]:
-        _note_under_title(executed, EARLIER)
+    before, now = _parts(own), _parts(today.cells)
+    different = [title for title, does in before if does not in [new for _, new in now]]
+    different += [title for title, does in now if does not in [old for _, old in before]]
+    if different:
+        _note_under_title(executed, EARLIER + ", ".join(f'"{title}"' for title in dict.fromkeys(different)) + ".")
     else:
         for cell, new in zip(own, today.cells, strict=True):
             cell.metadata |= new.metadata  # captions
@@ -82,9 +85,15 @@ def _without_badge(text: str) -> str:
     return BADGE.sub(lambda badge: "" if PLACEHOLDER in badge["link"] else f"[{badge['text']}]({badge['link']})", text)
 
 
-def _code(cells: list[nbformat.NotebookNode]) -> list[str]:
-    """What the code cells do, setup left out: their syntax trees, which comments and line breaks do not change."""
-    return [ast.dump(ast.parse(cell.source)) for cell in cells if cell.cell_type == "code" and not _is_setup(cell)]
+def _parts(cells: list[nbformat.NotebookNode]) -> list[tuple[str, list[str]]]:
+    """Each heading, and what the cells under it do: syntax trees, which comments and line breaks do not change; "" for text and setup."""
+    parts: list[tuple[str, list[str]]] = []
+    for cell in cells:
+        text = cell.cell_type == "markdown"
+        if not parts or (text and cell.source.startswith("#")):
+            parts.append((cell.source.splitlines()[0].strip("# "), []))
+        parts[-1][1].append("" if text or _is_setup(cell) else ast.dump(ast.parse(cell.source)))
+    return parts
 
 
 def _is_setup(cell: nbformat.NotebookNode) -> bool:
