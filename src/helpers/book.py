@@ -173,14 +173,15 @@ def publish(profile: str, published: Path = PAGES, readme: Path = Path("README.m
     """Add what a run has finished to the committed results and chapters in `published`; nothing is trained or timed.
 
     Results of other runs stay, so a study that took several machines or days comes together. The book of all that is
-    built, and what it found goes into `readme`. Returns the book's first page.
+    built, and what it found goes into `readme`; without a run, of what is there already. Returns the book's first page.
     """
     with TemporaryDirectory() as folder:  # what was published before stays as it was until the new book is built
         aside = Path(folder)
         for part in ("results", "chapters"):
             if (published / part).exists():
                 shutil.copytree(published / part, aside / part)
-        gather(str(Path("runs") / profile), aside / "results", keep=True)
+        if list((Path("runs") / profile / "records").glob("*.json")) or not (aside / "results").exists():
+            gather(str(Path("runs") / profile), aside / "results", keep=True)
         for notebook in NOTEBOOKS:
             if notebook not in READERS and is_finished(executed_notebook(notebook, profile)):
                 copy_chapter(executed_notebook(notebook, profile), aside / "chapters" / f"{notebook}.ipynb")
@@ -195,7 +196,8 @@ def publish(profile: str, published: Path = PAGES, readme: Path = Path("README.m
 
 
 def whats_found(results: Path) -> str:
-    """Markdown for the README's first screen: which rows to take, a picture of all, whether QAT pays, whether PTQ's default holds and why not."""
+    """Markdown for the README's first screen: three answers, then which rows to take, a picture of all, whether QAT pays, whether PTQ's default holds and why not."""
+    answers = "\n".join((results / f"short_{name}.md").read_text().strip() for name in ("choice", "qat", "default"))
     headline, qat, default, collapse = (
         (results / f"{name}.md").read_text().strip() for name in ("headline", "qat", "default", "collapse")
     )
@@ -207,7 +209,9 @@ def whats_found(results: Path) -> str:
     lines = [line for line in collapse.splitlines() if line.startswith("- ")]
     causes = [*lines[:1], *lines[2:]]  # that it collapses, on what, and what was taken away and given
     why = "Where does the collapse come from? From ResNet50s that were trained briefly to find out:"
-    return "\n\n".join([headline, picture, pays, short, note, holds, default, why, "\n".join(causes) or collapse])
+    return "\n\n".join(
+        [answers, headline, picture, pays, short, note, holds, default, why, "\n".join(causes) or collapse]
+    )
 
 
 def published_book(run: Path = Path("runs/published"), published: Path = PAGES) -> Path:
