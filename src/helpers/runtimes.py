@@ -354,9 +354,9 @@ def _onnxruntime(path: Path, threads: int) -> Predictor:
 
 def _openvino(path: Path, threads: int, runtime: str) -> Predictor:
     core = openvino.Core()
+    model = core.read_model(path)
     if runtime == "openvino_bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise StudyError("This CPU has no bfloat16 instructions; OpenVINO would compute in float32 instead.")
-    model = core.read_model(path)
     requests: dict[int, tuple[openvino.InferRequest, np.ndarray, np.ndarray]] = {}
 
     def predictor(images: np.ndarray) -> np.ndarray:
