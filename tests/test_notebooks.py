@@ -124,7 +124,7 @@ def test_the_readers_take_other_seeds_models_that_were_only_scored_and_one_that_
     assert "A superseded training of seed 0: FP32" in (results / "default.md").read_text()
     assert "**resnet50**" in (results / "default.md").read_text()
     assert "**ResNet50** was scored only" in (results / "headline.md").read_text()
-    assert "On another machine (Other CPU, 8 cores) the fastest" in (results / "headline.md").read_text()
+    assert "On another machine (Other CPU, 8 cores, avx2) the fastest" in (results / "headline.md").read_text()
     table = (results / "elsewhere.md").read_text()
     assert re.search(r"resnet18, `fp32` in eager +\| [\d.]+ +\| 1\.0 .*\| 100\.0 ", table)
     assert "2 seeds" not in (results / "choice.md").read_text()  # some rows have two; all are judged on what all have

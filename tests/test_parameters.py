@@ -60,6 +60,7 @@ def test_every_parameter_of_a_notebook_has_a_meaning_and_a_range():
             "09_ptq_collapse is not a parameter of .*mine.yml",
         ),
         ("models: [{archs: [resnet99], recipes: [tuned], seeds: [0]}]", "models.0.archs.0 is 'resnet99'"),
+        ("models: [{archs: resnet18, recipes: [tuned], seeds: [0]}]", r"archs is 'resnet18'.* 'archs: \[resnet18\]'"),
         ("models: [{archs: [resnet18], recipes: [tuned], seed: [0]}]", "models.0.seeds is missing"),
         ("models: [{archs: [resnet18], recipes: [tuned], seeds: [0], epochs: 3}]", "models.0.epochs is no key here"),
         ("models: [", "is not YAML"),

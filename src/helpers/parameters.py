@@ -159,7 +159,12 @@ def _validated(model: type[BaseModel], values: Any, where: str) -> BaseModel:
             raise StudyError(f"{where}{name} is missing; add it.") from error
         if first["type"] == "extra_forbidden":
             raise StudyError(f"{where}{name} is no key here; take it away or correct its name.") from error
-        raise StudyError(f"{where}{name} is {first['input']!r}; {_lower(first['msg'])}.") from error
+        wanted = _lower(first["msg"])
+        if first["type"] == "list_type":
+            wanted = (
+                f"a list is needed, as YAML: '{first['loc'][-1]}: [{first['input']}]' (papermill takes that after -y)"
+            )
+        raise StudyError(f"{where}{name} is {first['input']!r}; {wanted}.") from error
 
 
 def _lower(text: str) -> str:
