@@ -112,7 +112,7 @@ def test_the_check_of_your_own_resnet_sees_the_collapse_that_one_image_makes():
     probe = torch.randn(256, 3, 32, 32, generator=torch.Generator().manual_seed(1))  # untrained logits lie close
     before = copy.deepcopy(mine.state_dict())
     (kept, rows), (kept_then, rows_then) = (ptq_report(mine, shown, probe) for shown in (IMAGES, extreme))
-    assert kept > 0.7 and rows[0]["levels"] == min(row["levels"] for row in rows) > 16
+    assert kept > 0.8 and rows[0]["levels"] == min(row["levels"] for row in rows) > 16
     assert kept_then < 0.5 and max(row["levels"] for row in rows_then if row["layer"] != "fc") < 16
     assert mine.training and all(torch.equal(before[name], value) for name, value in mine.state_dict().items())
 
