@@ -3,9 +3,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side; threads that wait for each other crawl
+
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """What shares the run directory of the smoke study stays in one process; the unit tests run in the other one meanwhile."""
+    for item in items:
+        if "smoke" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("smoke"))
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +48,7 @@ def smoke():
     import shutil
 
     shutil.rmtree(ROOT / "runs" / "smoke", ignore_errors=True)
-    done = run(sys.executable, "-m", "helpers.study", "smoke")
+    done = run(sys.executable, "-m", "helpers.study", "smoke", "--cores", "1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert done.stdout.splitlines()[-1].endswith("index.html")
     return ROOT / "runs" / "smoke"

@@ -11,11 +11,15 @@ import pytest
 from conftest import ROOT
 
 from helpers.book import EARLIER, NOT_DONE, publish, published_book, renew_text, whats_found
-from helpers.parameters import NOTEBOOKS, READERS
+from helpers.pipeline import NOTEBOOKS, READERS
 from helpers.records import read_results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NO_BROWSER = "no Chromium on this machine (Debian: apt-get install chromium chromium-driver)"
+DRIVER = shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason=f"no {'driver for Chromium' if CHROMIUM else 'Chromium'} here (Debian: apt-get install chromium chromium-driver)",
+)
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -50,8 +54,7 @@ def browser(tmp_path_factory):
     for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = shutil.which("chromedriver")
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver) if driver else None)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     yield browser
     browser.quit()
 
@@ -62,7 +65,7 @@ def pages(folder):
     return [page for page in found if page.name not in skipped]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
+@needs_browser
 @pytest.mark.parametrize("width", [1400, 390])
 def test_every_page_loads_with_its_pictures_without_errors_and_fits_the_screen(site, browser, width):
     address, folder = site
@@ -84,7 +87,7 @@ def test_every_page_loads_with_its_pictures_without_errors_and_fits_the_screen(s
         assert browser.execute_script(unnamed) == [], page
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
+@needs_browser
 def test_no_link_inside_the_book_is_broken(site, browser):
     address, folder = site
     for page in pages(folder):
@@ -102,7 +105,7 @@ def test_no_link_inside_the_book_is_broken(site, browser):
                     assert f'id="{anchor}"' in file.read_text(), (page, link)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
+@needs_browser
 def test_the_first_page_shows_what_was_found(site, browser):
     browser.get(f"{site[0]}/intro.html")
     text = browser.find_element("css selector", ".bd-article").text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, papermill, run
 
-from helpers.parameters import NOTEBOOKS, READERS
+from helpers.pipeline import NOTEBOOKS, READERS
 from helpers.quantization import ENGINES
 from helpers.records import read_results
 from helpers.repository import repository_url, rewrite
@@ -38,7 +38,7 @@ def test_every_notebook_has_the_same_setup_one_parameters_cell_and_a_badge_of_it
     for name in NOTEBOOKS:
         assert len(cells(name, "parameters")) == 1, name
         for line in cells(name, "parameters")[0].source.splitlines():
-            assert re.fullmatch(r"\w+: (int|str|list) = .+  # .+", line), (name, line)
+            assert re.fullmatch(r"\w+: (int|str|list|bool|float) = .+  # .+", line), (name, line)
         owner = url.removeprefix("https://github.com/")
         assert (
             f"colab.research.google.com/github/{owner}/blob/main/notebooks/{name}.ipynb"

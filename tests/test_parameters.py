@@ -3,7 +3,8 @@ import json
 import pytest
 
 from helpers.files import StudyError
-from helpers.parameters import NOTEBOOKS, PARAMETERS, check_parameters, declared_parameters, ensure, load_profile
+from helpers.parameters import PARAMETERS, check_parameters
+from helpers.pipeline import NOTEBOOKS, declared_parameters, ensure, load_profile
 from helpers.quantization import ENGINES
 from helpers.records import save_record
 
@@ -35,7 +36,7 @@ def test_bad_parameters_end_in_a_sentence(values, injected, said):
         check_parameters(namespace(values, injected))
 
 
-@pytest.mark.parametrize("name", ["smoke", "quick", "cifar10", "reference"])
+@pytest.mark.parametrize("name", ["smoke", "quick", "full", "cifar10", "reference"])
 def test_every_profile_is_a_good_one(name):
     assert load_profile(name).timed()
 
@@ -73,7 +74,7 @@ def test_a_bad_profile_ends_in_a_sentence_that_names_the_file(tmp_path, text, sa
 
 
 def test_an_unknown_profile_names_those_there_are():
-    with pytest.raises(StudyError, match="cifar10, quick, reference, smoke"):
+    with pytest.raises(StudyError, match="cifar10, full, quick, reference, smoke"):
         load_profile("quik")
 
 

@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import nbformat
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -133,8 +135,33 @@ def int8_rows(dataset: Dataset, folder: Path) -> dict[str, float]:
     return {name: summarise(values)["median_ms"] for name, values in times.items()}
 
 
+def wall_time(run: Path) -> pd.DataFrame:
+    """Where the time of a study went: a line for each executed notebook of `run`, the longest first, in seconds.
+
+    Columns: seconds; kernel (starting and stopping it); imports (the cells that begin with one); slowest (the longest other
+    cell) and its first line.
+    """
+    rows = []
+    for path in sorted((run / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        total = notebook.metadata.get("papermill", {}).get("duration")
+        if total is None:
+            continue
+        cells = [
+            (cell.metadata.get("papermill", {}).get("duration") or 0.0, cell.source.strip().splitlines()[0])
+            for cell in notebook.cells
+            if cell.cell_type == "code"
+        ]
+        imports = sum(took for took, line in cells if line.startswith(("import ", "from ")))
+        slowest, line = max((of for of in cells if not of[1].startswith(("import ", "from "))), default=(0.0, ""))
+        kernel = total - sum(took for took, _ in cells)
+        rows.append([path.stem, total, kernel, imports, slowest, line[:60]])
+    columns = ["notebook", "seconds", "kernel", "imports", "slowest", "its first line"]
+    return pd.DataFrame(rows, columns=columns).sort_values("seconds", ascending=False, ignore_index=True)
+
+
 def main() -> None:
-    """Print the ratios."""
+    """Print the ratios, and where the last study spent its time."""
     dataset = bench_data()
     print(f"{dataset.name}, ResNet18, {torch.get_num_threads()} threads, batch {BATCH}, {STEPS} steps, {ROUNDS} rounds")
     bare_speed(dataset)
@@ -159,6 +186,17 @@ def main() -> None:
         print(f"(d) INT8 beside eager FP32: not measured, {NO_LEGACY}")
     for name, milliseconds in rows.items():
         print(f"(d) {name:26s} {milliseconds:7.3f} ms, {rows['eager FP32'] / milliseconds:5.1f} x eager FP32")
+    runs = sorted(Path("runs").glob("*/book/_build/html/index.html"), key=lambda page: page.stat().st_mtime)
+    if not runs:
+        print("(e) wall time by notebook: not measured, no study has been run to its end (make study)")
+        return
+    run = runs[-1].parents[3]
+    times = wall_time(run)
+    print(
+        f"(e) {run}: {times.seconds.sum():.0f} s of notebooks, {times.kernel.sum():.0f} of them to start and stop kernels,"
+    )
+    print(f"    {times.imports.sum():.0f} to import")
+    print(times.to_string(index=False, float_format="{:.1f}".format))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import nbformat
 import papermill
 
 from helpers.files import StudyError, whole_file
-from helpers.parameters import NOTEBOOKS, READERS, declared_parameters, load_profile
+from helpers.pipeline import NOTEBOOKS, READERS, declared_parameters, load_profile
 from helpers.records import gather, read_results, run_name
 
 PAGES = Path("book")

@@ -120,6 +120,25 @@ def trim_dead_taps(model: nn.Module, input_size: int) -> nn.Module:
     return trimmed
 
 
+def restore_dead_taps(model: nn.Module, trimmed: nn.Module) -> None:
+    """Give a float `model` all that `trimmed`, made of it by `trim_dead_taps`, has learned; the taps that it lacks stay as they are."""
+    state = trimmed.state_dict()
+    for name, conv in trimmed.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            whole = model.get_submodule(name)
+            (top, left), (height, width) = (
+                (
+                    (before - after) // step
+                    for before, after, step in zip(whole.padding, conv.padding, conv.dilation, strict=True)
+                ),
+                conv.kernel_size,
+            )
+            weight = whole.weight.detach().clone()
+            weight[..., top : top + height, left : left + width] = conv.weight.detach()
+            state[f"{name}.weight"] = weight
+    model.load_state_dict(state)
+
+
 def live_taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int]:
     """First and last tap to keep of a convolution along one dimension of `size` pixels, counted from 0.
 

@@ -1,5 +1,6 @@
-"""A bar with the time left where a person watches; silence in batch, where callers print one line an epoch instead."""
+"""A bar with the time left where a person watches; in batch, one line an epoch, which reaches the console of `make study`, too."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 from tqdm.auto import tqdm  # noqa: E402
 
 T = TypeVar("T")
+
+CONSOLE = "STUDY_CONSOLE"  # environment variable: the file from which `helpers.study` takes lines that it shows
 
 # A notebook that another one runs (`parameters.ensure`) is a child of that one's kernel.
 BATCH_RUNNERS = ("papermill", "nbconvert", "nbclient", "jupyter-execute", "snakemake", "ipykernel")
@@ -31,3 +34,11 @@ def person_watches() -> bool:
 def progress(steps: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
     """Go through `steps`; show a bar labelled `label` with the time left if a person watches."""
     return tqdm(steps, desc=label, total=total, leave=False, disable=not person_watches())
+
+
+def announce(line: str) -> None:
+    """Print a line; under `make study` it is shown on its console, too, where the output of notebooks is not."""
+    print(line, flush=True)
+    if file := os.environ.get(CONSOLE):
+        with open(file, "a") as console:
+            console.write(line + "\n")

@@ -14,7 +14,7 @@ import pandas as pd
 
 from helpers.files import StudyError, whole_file
 from helpers.machine import machine_facts
-from helpers.parameters import ensure, made_from
+from helpers.pipeline import ensure, made_from
 from helpers.training import trained_on
 
 # reason: why an arm cannot be had in a runtime; such a row has no numbers, and no row in another table.

@@ -1,70 +1,137 @@
-"""`make study`: check everything, lock the run directory, let Snakemake run the notebooks, say where the book is.
+"""`make study`: check everything, lock the run directory, let Snakemake run the notebooks, say what came out.
 
 Command line: python -m helpers.study PROFILE [arguments for snakemake].
 """
 
 import fcntl
 import os
-import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+from snakemake.cli import main as snakemake
+from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
+
+from helpers import console
 from helpers.data import check_available
 from helpers.files import StudyError, check_writable
-from helpers.parameters import LEFT_OUT, load_profile
+from helpers.pipeline import LEFT_OUT, SIZE_OF, Profile, load_profile
+from helpers.progress import CONSOLE
 from helpers.quantization import NO_LEGACY
+from helpers.records import run_name
 
+# Those that this process may use, which may be fewer than the machine has.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SNAKEMAKE = [
-    *("--cores", str(os.cpu_count() or 1), "--quiet", "host", "reason", "--keep-going"),
+    *("--cores", str(CORES), "--keep-going", "--logger", "study"),
     # Locking is done here: the files of Snakemake's own lock outlive a kill -9. Half-made outputs cannot exist (files appear whole).
     *("--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params"),
 ]
-
-
-def _wait(snakemake: subprocess.Popen) -> int:
-    """The exit code of Snakemake, for which an interrupted study waits too: the lock holds until its notebooks have stopped."""
-    try:
-        return snakemake.wait()
-    except KeyboardInterrupt:
-        snakemake.wait()
-        raise
+FLOAT_EXPORTS = (".pt", ".pt2", ".onnx", ".xml", ".bin")
 
 
 def run_study(name: str, arguments: list[str]) -> int:
     """Run the profile called `name`; returns Snakemake's exit code, 0 when the book is there.
 
-    Raises StudyError before any work starts for a bad profile, missing data, a run directory that cannot be written, or
-    one that another study is working in.
+    Snakemake runs in this process, which holds the lock: neither outlives the other. Raises StudyError before any work
+    starts for a bad profile, missing data, a run directory that cannot be written, or one that another study is working in.
     """
     profile = load_profile(name)
     check_available(profile.common.get("data", "digits"), profile.common.get("data_dir", ""))
     run = Path("runs") / name
     check_writable(run)
-    if LEFT_OUT:
-        print(f"{NO_LEGACY} Notebooks left out: {', '.join(LEFT_OUT)}.", flush=True)
-    if "--config" not in arguments:
-        arguments = [*arguments, "--config"]
-    config = arguments.index("--config") + 1
-    arguments = [*arguments[:config], f"profile={name}", *arguments[config:]]
     with open(run / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StudyError(f"Another study is running in {run}; wait for it, or choose another PROFILE.") from error
-        started = time.time()
-        # Snakemake holds the lock, too: it goes on if this process alone is killed.
-        command = [sys.executable, "-m", "snakemake", *SNAKEMAKE, *arguments]
-        code = _wait(subprocess.Popen(command, pass_fds=[lock.fileno()]))
-    page = run / "book" / "_build" / "html" / "index.html"
-    if code == 0 and page.exists():
-        print(f"The study is done. Open {page}")
-    elif code:
-        for log in sorted((run / "notebooks").glob("*.ipynb")):
-            if log.stat().st_mtime >= started and "papermill-error-cell-tag" in log.read_text():
-                print(f"This notebook failed; it is kept with its traceback: {log}", file=sys.stderr)
-        print("The study stopped. The same command goes on from here.", file=sys.stderr)
-    return code
+        if LEFT_OUT:
+            print(f"{NO_LEGACY} Notebooks left out: {', '.join(LEFT_OUT)}.", flush=True)
+        started = time.monotonic()
+        with _watched(run) as peak:
+            code = _snakemake([*SNAKEMAKE, *_slowest_first(profile, run), *_with_profile(name, arguments)])
+        if code:
+            print(f"The study stopped; all it printed is in {run / 'study.log'}. The same command goes on from here.")
+            return code
+        _remove_float_exports(run)
+    _closing_lines(run, peak[0], (time.monotonic() - started) / 60)
+    return 0
+
+
+def _with_profile(name: str, arguments: list[str]) -> list[str]:
+    if "--config" not in arguments:
+        arguments = [*arguments, "--config"]
+    config = arguments.index("--config") + 1
+    return [*arguments[:config], f"profile={name}", *arguments[config:]]
+
+
+def _slowest_first(profile: Profile, run: Path) -> list[str]:
+    """Of several models the largest goes first, so that no core waits for it at the end."""
+    slowest = max(profile.timed(), key=lambda model: SIZE_OF[model["arch"]])
+    return ["--prioritize", f"{run}/records/{run_name('06_benchmark', **slowest)}.json"]
+
+
+def _snakemake(arguments: list[str]) -> int:
+    LoggerPluginRegistry().register_plugin("snakemake_logger_plugin_study", console)
+    try:
+        snakemake(arguments)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+@contextmanager
+def _watched(run: Path) -> Iterator[list[int]]:
+    """Meanwhile, print what trainings announce (`progress.announce`) and keep the largest sum of memory, in bytes, of all processes."""
+    announced = run / ".announced"
+    announced.write_text("")
+    os.environ[CONSOLE] = str(announced.resolve())
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        with open(announced) as lines:
+            while not ended.wait(0.5):
+                for line in lines:
+                    print(f"            {line}", end="", flush=True)
+                peak[0] = max(peak[0], _memory_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
+        announced.unlink(missing_ok=True)
+        del os.environ[CONSOLE]
+
+
+def _memory_bytes() -> int:
+    me, total = psutil.Process(), 0
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:  # it has just ended
+            continue
+    return total
+
+
+def _remove_float_exports(run: Path) -> None:
+    """Float models for other runtimes are large, and `pipeline.ensure` makes them again in seconds when a notebook asks for them."""
+    for suffix in FLOAT_EXPORTS:
+        for file in (run / "weights").glob(f"*-fp32*{suffix}"):
+            file.unlink()
+
+
+def _closing_lines(run: Path, peak_bytes: int, minutes: float) -> None:
+    print(
+        f"{minutes:.1f} minutes, at most {peak_bytes / 1e9:.1f} GB of memory; everything it printed: {run / 'study.log'}"
+    )
+    print(f"The study is done. Open {run / 'book' / '_build' / 'html' / 'index.html'}")
 
 
 if __name__ == "__main__":
