@@ -1,11 +1,12 @@
 import hashlib
+import itertools
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from helpers.measure import summarise, time_interleaved
+from helpers.measure import CALLS_A_TURN, summarise, time_interleaved
 
 
 def test_every_candidate_is_timed_in_every_round_and_the_slower_one_is_slower():
@@ -44,6 +45,32 @@ def test_threads_that_spin_after_a_call_do_not_disturb_the_next_candidate():
     disturbed: list[bool] = []
     time_interleaved({"next": next_one, "spins": spins}, np.zeros(1), 5, 0, settle_s=0)
     assert len(spinning) > 5 and not any(disturbed[1:])  # the first call compiles, before any clock starts
+
+
+def test_at_an_idle_pace_each_timed_call_follows_a_rest_and_an_earlier_call_of_the_same_candidate():
+    calls = []
+
+    def predictor(name):
+        def call(batch):
+            calls.append((name, time.perf_counter()))
+            return batch
+
+        return call
+
+    idle_s, rounds = 0.02, 7
+    times = time_interleaved({name: predictor(name) for name in "ab"}, np.zeros(1), rounds, 0, idle_s=idle_s)
+    turns = -(-rounds // CALLS_A_TURN)
+    for name in "ab":
+        assert sum(called == name for called, _ in calls) == 1 + turns + rounds  # compile, take the caches back, timed
+        rested = [
+            after - before
+            for (earlier, before), (later, after) in itertools.pairwise(calls)
+            if (earlier, later) == (name, name)
+        ]
+        assert sum(rest >= idle_s for rest in rested) >= rounds
+        assert np.median(times[name]) < 1e3 * idle_s  # the clock runs for the call, not for the rest
+    with pytest.raises(ValueError, match="idle_s is -1"):
+        time_interleaved({"a": predictor("a")}, np.zeros(1), 1, 0, idle_s=-1)
 
 
 def test_summary_by_hand():

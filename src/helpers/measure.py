@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 Name = TypeVar("Name", bound=Hashable)
+CALLS_A_TURN = 5  # calls of one candidate in a row where each comes after a rest
 
 
 def time_interleaved(
@@ -19,34 +20,45 @@ def time_interleaved(
     seed: int,
     settle_s: float = 0.02,
     turns: Callable[[range], Iterable[int]] = iter,
+    idle_s: float = 0.0,
 ) -> dict[Name, np.ndarray]:
     """Time one call per round of every predictor on `batch`; returns name -> milliseconds, float64 [rounds].
 
-    Slow drift of the machine (clock, neighbours) then hits all candidates alike. Each round visits them in a new order drawn
+    Slow drift of the machine (clock, neighbours) then hits all candidates alike. Each turn visits them in a new order drawn
     from `seed`. Compilation is over before the clock starts. Before a candidate's turn the threads that the previous one left
-    spinning (ONNX Runtime's do so for some 40 ms) have gone to sleep (it waits for them, at most a second), and it runs
-    untimed for at least `settle_s` seconds, so that its own threads are awake and the caches hold its weights.
-    turns: wraps the range of rounds, for a progress bar. Raises ValueError if rounds < 1 or there are no predictors.
+    spinning (ONNX Runtime's do so for some 40 ms) have gone to sleep (it waits for them, at most a second).
+
+    idle_s is the pace. At 0, a hot loop, a turn is one round: the candidate runs untimed for at least `settle_s` seconds, so
+    that its own threads are awake and the caches hold its weights, and its next call is timed. Above 0, calls come alone, as
+    to a service with one model: a turn is up to `CALLS_A_TURN` rounds, one untimed call takes the caches back from the other
+    candidates, and the process sleeps for `idle_s` seconds before each timed call. The candidate's own threads do meanwhile
+    what they always do: those that go on spinning answer sooner, and keep a core busy.
+    turns: wraps the range of rounds at which turns begin, for a progress bar. Raises ValueError if rounds < 1, idle_s < 0 or
+    there are no predictors.
     """
     if rounds < 1 or not predictors:
         raise ValueError(f"{rounds} rounds of {len(predictors)} predictors: at least one of each is needed")
+    if idle_s < 0:
+        raise ValueError(f"idle_s is {idle_s}; give the seconds of rest before a call, 0 for none")
     for predictor in predictors.values():
         predictor(batch)
     generator = np.random.default_rng(seed)
     names = list(predictors)
     times = {name: np.empty(rounds) for name in names}
-    for turn in turns(range(rounds)):
+    calls = CALLS_A_TURN if idle_s else 1
+    for start in turns(range(0, rounds, calls)):
         for index in generator.permutation(len(names)):
             predictor = predictors[names[index]]
             _wait_until_idle()
-            settled = time.perf_counter() + settle_s
+            settled = time.perf_counter() + (0 if idle_s else settle_s)
             while True:
                 predictor(batch)
                 if time.perf_counter() >= settled:
                     break
-            started = time.perf_counter()
-            predictor(batch)
-            times[names[index]][turn] = 1e3 * (time.perf_counter() - started)
+            for turn in range(start, min(start + calls, rounds)):
+                if idle_s:
+                    time.sleep(idle_s)
+                times[names[index]][turn] = 1e3 * seconds_of(predictor, batch)
     return times
 
 

@@ -51,6 +51,8 @@ PARAMETERS: dict[str, Any] = {
     "rounds": Positive,
     "threads": Annotated[list[Positive], Field(min_length=1)],
     "batches": Annotated[list[Positive], Field(min_length=1)],
+    "sizes": Annotated[list[Positive], Field(min_length=1)],
+    "idle_ms": Annotated[list[Count], Field(min_length=1)],
     "app_seconds": Positive,
     "probed_images": Positive,
     "control_images": Positive,

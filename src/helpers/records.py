@@ -17,13 +17,14 @@ from helpers.machine import machine_facts
 from helpers.pipeline import ensure, made_from
 from helpers.training import trained_on
 
+# size: height and width of the images in pixels. pace: hot (call after call) or idle_10 (each call after 10 ms of rest).
 # reason: why an arm cannot be had in a runtime; such a row has no numbers, and no row in another table.
 # engine: whose INT8 kernels eager and TorchScript used (fbgemm or x86); empty where there is no such choice.
 COLUMNS: dict[str, list[str]] = {
     "accuracy": "arch recipe arm runtime engine seed data split n correct accuracy ci_low ci_high run_id".split(),
     "latency": (
-        "arch recipe arm runtime engine threads batch rounds median_ms p90_ms p95_ms cv speedup speedup_low speedup_high "
-        "machine run_id"
+        "arch recipe arm runtime engine threads batch size pace rounds median_ms p90_ms p95_ms cv speedup speedup_low "
+        "speedup_high machine run_id"
     ).split(),
     "size": "arch arm runtime parameters weight_bytes artifact_bytes run_id".split(),
     "exports": "arch recipe arm runtime seed export_seconds first_call_ms agreement n reason run_id".split(),
@@ -213,8 +214,15 @@ def prediction_key(arm: str, runtime: str, engine: str = "") -> str:
 
 
 def times_key(row: Mapping[str, Any]) -> str:
-    """Name of the array of times behind one row of latency, for example ptq-eager-fbgemm-t2-b1."""
-    return f"{prediction_key(row['arm'], row['runtime'], row['engine'])}-t{row['threads']}-b{row['batch']}"
+    """Name of the array of times behind one row of latency, for example ptq-eager-fbgemm-t2-b1.
+
+    Other sizes than 32 and other paces than hot are named, ...-i224-idle_10; and with random weights the arch, resnet18-...,
+    because a run of those times several.
+    """
+    key = f"{prediction_key(row['arm'], row['runtime'], row['engine'])}-t{row['threads']}-b{row['batch']}"
+    if (row["size"], row["pace"]) != (32, "hot"):
+        key += f"-i{row['size']}-{row['pace']}"
+    return f"{row['arch']}-{key}" if row["recipe"] == "random" else key
 
 
 def gather(run_dir: str, results: Path, keep: bool = False) -> None:
