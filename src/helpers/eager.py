@@ -156,8 +156,10 @@ def qconfig_of_width(weight_bits: int, activation_bits: int, ptq: str = "") -> t
 def set_engine(engine: str) -> None:
     """Choose the library whose INT8 kernels `convert` and `torch.jit.load` pack weights for, from now on.
 
-    Raises StudyError for an engine that is not in ENGINES.
+    Raises StudyError for an engine that is not in ENGINES, and where PyTorch has none of them.
     """
+    if not ENGINES:
+        raise StudyError("PyTorch has no INT8 kernels for this CPU (fbgemm, x86); take an x86-64 CPU with AVX2.")
     if engine not in ENGINES:
         raise StudyError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}.")
     torch.backends.quantized.engine = engine

@@ -201,8 +201,9 @@ def _input_shapes(model: nn.Module, input_size: int) -> dict[str, tuple[int, int
         convolution = isinstance(module, nn.Conv2d) or hasattr(module, "set_weight_bias")
         if convolution and getattr(module, "padding_mode", "") == "zeros" and not isinstance(module.padding, str):
             module.register_forward_pre_hook(look(name))
+    image = next(model.parameters(), torch.empty(0)).new_zeros(1, 3, input_size, input_size)
     with torch.inference_mode():
-        model(torch.zeros(1, 3, input_size, input_size))
+        model(image)
     return shapes
 
 

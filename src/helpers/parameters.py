@@ -7,6 +7,7 @@ allowed words stand in the modules that they belong to.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -116,14 +117,17 @@ LEFT_OUT = () if LEGACY else ABOUT_EAGER_INT8
 def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Check the parameters of the running notebook and return them by name.
 
-    namespace: the notebook's `globals()`. Its annotated names are the declared parameters; what papermill injected must be
-    among them. Raises StudyError for an unknown name, a wrong type, a value that is not allowed, a run_dir that cannot be
-    written, or an INT8 engine where PyTorch has none.
+    namespace: the notebook's `globals()`. What its cells (`In`) annotate are the declared parameters; what papermill injected
+    must be among them. Raises StudyError when no cell that ran declares any, for an unknown name, a wrong type, a value that is
+    not allowed, a run_dir that cannot be written, or an INT8 engine where PyTorch has none.
     """
-    declared = list(namespace["__annotations__"])
+    cells = namespace.get("In", [])
+    declared = list(dict.fromkeys(name for cell in cells for name in re.findall(r"^(\w+): \w+ = ", cell, re.MULTILINE)))
+    if not declared:
+        raise StudyError("No parameters are declared yet; run the cell above this one, which is tagged parameters.")
     if "engine" in declared and not LEGACY:
         raise StudyError(NO_LEGACY)
-    injected = [name for cell in namespace.get("In", []) if cell.startswith("# Parameters") for name in _assigned(cell)]
+    injected = [name for cell in cells if cell.startswith("# Parameters") for name in _assigned(cell)]
     _no_others(injected, declared, "this notebook")
     values = _checked({name: namespace[name] for name in declared}, "")
     if "run_dir" in values:
