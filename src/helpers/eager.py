@@ -1,20 +1,20 @@
 """Eager-mode INT8 quantization of the study's models, in PyTorch's own terms; deprecated, as the reference study used it.
 
-The only importer of `torch.ao.quantization`: when PyTorch drops it, this file goes. Called by `quantization` only, which
-passes its functions on as long as they are there; calls `models`.
+The only importer of `torch.ao`: when PyTorch drops it, this file goes. Called by `quantization` only, which passes its
+functions on as long as they are there; calls `models`.
 """
 
 import copy
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
+from torchvision.models import resnet
 
 from helpers.files import StudyError
-from helpers.models import BottleneckWithoutSecondReLU, as_quantizable, calibrate, run_hooked
+from helpers.models import BasicBlock, Bottleneck, ResidualAdd, ResNet, as_quantizable, calibrate, run_hooked
 
 # Announced years ahead and still in torch 2.14; the study measures this path because the reference study took it.
 warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
@@ -156,8 +156,10 @@ def qconfig_of_width(weight_bits: int, activation_bits: int, ptq: str = "") -> t
 def set_engine(engine: str) -> None:
     """Choose the library whose INT8 kernels `convert` and `torch.jit.load` pack weights for, from now on.
 
-    Raises StudyError for an engine that is not in ENGINES.
+    Raises StudyError for an engine that is not in ENGINES, and where PyTorch has none of them.
     """
+    if not ENGINES:
+        raise StudyError("PyTorch has no INT8 kernels for this CPU (fbgemm, x86); take an x86-64 CPU with AVX2.")
     if engine not in ENGINES:
         raise StudyError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}.")
     torch.backends.quantized.engine = engine
@@ -170,23 +172,37 @@ def qconfig_named(name: str) -> tq.QConfig:
     return QCONFIGS[name]
 
 
-def fuse(model: nn.Module) -> nn.Module:
+# What is joined in each kind of module, in order of execution.
+_JOINED = {
+    ResNet: [["conv1", "bn1", "relu"]],
+    BasicBlock: [["conv1", "bn1", "relu"], ["conv2", "bn2"]],
+    Bottleneck: [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"], ["conv3", "bn3"]],
+}
+
+
+def fuse(model: ResNet) -> nn.Module:
     """Fold batch norm into the convolutions and join their ReLU, in a copy; the logits stay those of `model` in eval mode."""
-    fused = copy.deepcopy(model).eval()
-    fused.fuse_model(is_qat=False)
-    for block in fused.modules():
-        if isinstance(block, BottleneckWithoutSecondReLU):  # torchvision's fuse_model goes by the exact type
-            tq.fuse_modules(block, block.FUSED, inplace=True)
-            if block.downsample is not None:
-                tq.fuse_modules(block.downsample, ["0", "1"], inplace=True)
-    return fused
+    return _fuse(copy.deepcopy(model).eval(), tq.fuse_modules)
 
 
-def fuse_for_qat(model: nn.Module) -> nn.Module:
+def fuse_for_qat(model: ResNet) -> nn.Module:
     """Join conv, batch norm and ReLU in a copy, so that QAT sees the folded weights while batch norm still learns."""
-    fused = copy.deepcopy(model).train()
-    fused.fuse_model(is_qat=True)
-    return fused
+    return _fuse(copy.deepcopy(model).train(), tq.fuse_modules_qat)
+
+
+def _fuse(model: ResNet, fuse_modules: Callable[..., nn.Module]) -> nn.Module:
+    """Fuse `model` in place, with stubs where INT8 begins and ends and additions that can be observed."""
+    for module in list(model.modules()):
+        for names in _JOINED.get(type(module), []):
+            there = [name for name in names if not isinstance(getattr(module, name), nn.Identity)]
+            fuse_modules(module, there, inplace=True)
+        if getattr(module, "downsample", None) is not None:
+            fuse_modules(module.downsample, ["0", "1"], inplace=True)
+        for name, child in module.named_children():
+            if isinstance(child, ResidualAdd):
+                setattr(module, name, nnq.FloatFunctional())
+    model.quant, model.dequant = tq.QuantStub(), tq.DeQuantStub()
+    return model
 
 
 def prepare(fused: nn.Module, qconfig: tq.QConfig) -> nn.Module:
@@ -324,7 +340,7 @@ def activation_report(simulated: nn.Module, images: Tensor) -> list[dict[str, fl
 
 
 def ptq_report(
-    model: ResNet, calibration: Tensor, probe: Tensor, qconfig: str = "histogram_per_channel"
+    model: resnet.ResNet, calibration: Tensor, probe: Tensor, qconfig: str = "histogram_per_channel"
 ) -> tuple[float, list[dict[str, float | str]]]:
     """What PTQ would make of a torchvision ResNet, float, as it is: does it collapse, and in which layers?
 

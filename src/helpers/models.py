@@ -1,6 +1,6 @@
-"""The models: torchvision's quantizable ResNets, and their weights as safetensors files.
+"""The models: torchvision's ResNets with a ReLU module for each activation, and their weights as safetensors files.
 
-Calls no other helper but `files`.
+Neither needs torch.ao. Calls no other helper but `files`.
 """
 
 import copy
@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from torchvision.models import quantization as quantizable
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models import resnet
 
 from helpers.files import StudyError, whole_file
 
@@ -25,53 +24,95 @@ IMAGE_SIZE = 32  # height and width in pixels, of all images of the study
 Predictor = Callable[[np.ndarray], np.ndarray]
 
 
-class BottleneckWithoutSecondReLU(quantizable.resnet.QuantizableBottleneck):
-    """The block of the reference study's ResNet50: nothing between its second batch norm and its third convolution."""
+class ResidualAdd(nn.Module):
+    """The end of a block as a module, in the place of which eager-mode quantization puts its own (FloatFunctional)."""
 
-    FUSED = [["conv1", "bn1", "relu1"], ["conv2", "bn2"], ["conv3", "bn3"]]
+    def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
+        """relu(x + y), all of one shape; FloatFunctional has a method of that name."""
+        return nn.functional.relu(x + y)
+
+
+class BasicBlock(resnet.BasicBlock):
+    """Torchvision's block, which uses one ReLU twice, with a ReLU for each activation: quantization tells them apart."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what torchvision's BasicBlock takes."""
+        super().__init__(*args, **kwargs)
+        self.add_relu = ResidualAdd()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature maps [N, C, H, W] to feature maps."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.add_relu.add_relu(out, identity)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """Torchvision's block, which uses one ReLU three times, with a ReLU for each activation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take what torchvision's Bottleneck takes."""
         super().__init__(*args, **kwargs)
-        self.relu2 = nn.Identity()
+        self.relu1, self.relu2, self.skip_add_relu = nn.ReLU(), nn.ReLU(), ResidualAdd()
+        del self.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature maps [N, C, H, W] to feature maps."""
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.skip_add_relu.add_relu(out, identity)
 
 
-def build_model(arch: str, seed: int = 0, num_classes: int = 10, second_relu: bool = True) -> nn.Module:
-    """Build torchvision's quantizable ResNet (He et al., arXiv:1512.03385) with random float weights drawn from `seed`.
+class ResNet(resnet.ResNet):
+    """Torchvision's ResNet, with a place before and after it where eager-mode quantization puts its stubs."""
 
-    Torchvision has no quantizable ResNet34; it is put together from the same block. `_cifar` is the stem of that paper's
-    own CIFAR models: a 3x3 convolution that keeps the size, and no pooling, so that 32x32 images are 4x4 in the last stage.
-    Input float32 [N, 3, H, W], output logits [N, num_classes]. second_relu: False leaves out the ReLU after the second
-    batch norm of each bottleneck, as the reference study did; the same seed gives the same weights. Raises StudyError for
-    an arch that is not in ARCHS, and when it has no bottlenecks to leave a ReLU out of.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what torchvision's ResNet takes."""
+        super().__init__(*args, **kwargs)
+        self.quant, self.dequant = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images float32 [N, 3, H, W] to logits [N, num_classes]."""
+        return self.dequant(self._forward_impl(self.quant(x)))
+
+
+def build_model(arch: str, seed: int = 0, num_classes: int = 10, second_relu: bool = True) -> ResNet:
+    """Build a ResNet (He et al., arXiv:1512.03385) with random float weights drawn from `seed`.
+
+    `_cifar` is the stem of that paper's own CIFAR models: a 3x3 convolution that keeps the size, and no pooling, so that
+    32x32 images are 4x4 in the last stage. Input float32 [N, 3, H, W], output logits [N, num_classes]. second_relu: False
+    leaves out the ReLU after the second batch norm of each bottleneck, as the reference study did; the same seed gives the
+    same weights. Raises StudyError for an arch that is not in ARCHS, and when it has no bottlenecks to leave a ReLU out of.
     """
     layers = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
     if arch not in ARCHS:
         raise StudyError(f"arch is {arch!r}; allowed are {', '.join(ARCHS)}.")
     if not second_relu and arch != "resnet50":
         raise StudyError(f"second_relu is False for {arch}; only resnet50 has a second ReLU to leave out.")
-    resnet = quantizable.resnet
-    bottleneck = resnet.QuantizableBottleneck if second_relu else BottleneckWithoutSecondReLU
-    block = bottleneck if arch == "resnet50" else resnet.QuantizableBasicBlock
+    block = Bottleneck if arch == "resnet50" else BasicBlock
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = resnet.QuantizableResNet(block, layers[arch.removesuffix("_cifar")], num_classes=num_classes)
+        model = ResNet(block, layers[arch.removesuffix("_cifar")], num_classes=num_classes)
         if arch.endswith("_cifar"):
             model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
             model.maxpool = nn.Identity()
-        return model
+    for module in model.modules():
+        if isinstance(module, Bottleneck) and not second_relu:
+            module.relu2 = nn.Identity()
+    return model
 
 
-def as_quantizable(model: ResNet) -> nn.Module:
-    """Torchvision's quantizable twin of any of its ResNets (or ResNeXts, wide ones included), with the weights of `model`.
+def as_quantizable(model: resnet.ResNet) -> ResNet:
+    """Any of torchvision's ResNets (or ResNeXts, wide ones included) with this module's blocks, in eval mode; a copy.
 
-    Stem and classifier may have been replaced. Raises StudyError when the blocks are not torchvision's, or dilated.
+    Quantization, eager or PT2E, refuses torchvision's own blocks, where one ReLU module serves several activations. Stem
+    and classifier may have been replaced. Raises StudyError when the blocks are not torchvision's, or dilated.
     """
-    blocks = {
-        BasicBlock: quantizable.resnet.QuantizableBasicBlock,
-        Bottleneck: quantizable.resnet.QuantizableBottleneck,
-    }
+    blocks = {resnet.BasicBlock: BasicBlock, resnet.Bottleneck: Bottleneck}
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
     kinds = {type(block) for stage in stages for block in stage}
     dilated = any(isinstance(m, nn.Conv2d) and m.dilation != (1, 1) for m in model.modules())
@@ -80,7 +121,7 @@ def as_quantizable(model: ResNet) -> nn.Module:
             f"The blocks are {', '.join(sorted(kind.__name__ for kind in kinds))}{' and dilated' if dilated else ''}; "
             "this works for torchvision's BasicBlock or Bottleneck without dilation."
         )
-    twin = quantizable.resnet.QuantizableResNet(
+    twin = ResNet(
         blocks[kinds.pop()],
         [len(stage) for stage in stages],
         groups=model.groups,
@@ -179,8 +220,9 @@ def _input_shapes(model: nn.Module, input_size: int) -> dict[str, tuple[int, int
         convolution = isinstance(module, nn.Conv2d) or hasattr(module, "set_weight_bias")
         if convolution and getattr(module, "padding_mode", "") == "zeros" and not isinstance(module.padding, str):
             module.register_forward_pre_hook(look(name))
+    image = next(model.parameters(), torch.empty(0)).new_zeros(1, 3, input_size, input_size)
     with torch.inference_mode():
-        model(torch.zeros(1, 3, input_size, input_size))
+        model(image)
     return shapes
 
 

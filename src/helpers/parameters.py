@@ -5,6 +5,7 @@ papermill only warns about a misspelt parameter and turns `-p epochs ten` into a
 lists of allowed words stand in the modules that they belong to.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -67,14 +68,17 @@ PARAMETERS: dict[str, Any] = {
 def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Check the parameters of the running notebook and return them by name.
 
-    namespace: the notebook's `globals()`. Its annotated names are the declared parameters; what papermill injected must be
-    among them. Raises StudyError for an unknown name, a wrong type, a value that is not allowed, a run_dir that cannot be
-    written, or an INT8 engine where PyTorch has none.
+    namespace: the notebook's `globals()`. What its cells (`In`) annotate are the declared parameters; what papermill injected
+    must be among them. Raises StudyError when no cell that ran declares any, for an unknown name, a wrong type, a value that is
+    not allowed, a run_dir that cannot be written, or an INT8 engine where PyTorch has none.
     """
-    declared = list(namespace["__annotations__"])
+    cells = namespace.get("In", [])
+    declared = list(dict.fromkeys(name for cell in cells for name in re.findall(r"^(\w+): \w+ = ", cell, re.MULTILINE)))
+    if not declared:
+        raise StudyError("No parameters are declared yet; run the cell above this one, which is tagged parameters.")
     if "engine" in declared and not LEGACY:
         raise StudyError(NO_LEGACY)
-    injected = [name for cell in namespace.get("In", []) if cell.startswith("# Parameters") for name in _assigned(cell)]
+    injected = [name for cell in cells if cell.startswith("# Parameters") for name in _assigned(cell)]
     no_others(injected, declared, "this notebook")
     values = checked({name: namespace[name] for name in declared}, "")
     if "run_dir" in values:

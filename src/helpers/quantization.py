@@ -5,7 +5,7 @@ Calls `eager`, `pt2e` and `models`.
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -16,14 +16,60 @@ from helpers.files import StudyError
 from helpers.models import IMAGE_SIZE, build_model, load_state, load_weights, trim_dead_taps
 from helpers.models import calibrate as calibrate
 
-try:
-    from helpers import eager
-except ImportError:
-    eager = None  # type: ignore[assignment]
 
-# Whose INT8 kernels eager mode and TorchScript can use here. Without any, or without torch.ao, there are no legacy rows.
-ENGINES = () if eager is None else eager.ENGINES
+class _Missing:
+    """Stands for a name of `eager` where PyTorch has no torch.ao: it can be imported, and its use ends in a sentence."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise StudyError(NO_LEGACY)
+
+    __call__ = __getitem__ = __iter__ = _refuse
+
+
+try:
+    from helpers.eager import (  # noqa: F401 (for readers)
+        ENGINES,
+        OBSERVERS,
+        QCONFIGS,
+        WEIGHT_OBSERVERS,
+        WIDTHS,
+        activation_quantizers,
+        activation_report,
+        convert,
+        count_fake_quantize,
+        freeze_near_the_end,
+        freeze_observers,
+        fuse,
+        fuse_for_qat,
+        layer_sqnr,
+        prepare,
+        prepare_qat,
+        ptq_report,
+        qconfig_named,
+        qconfig_of_width,
+        quantize_only,
+        set_engine,
+        simulate,
+        with_weights_of,
+    )
+
+    _MISSING, _REMEDY = "INT8 kernels for this CPU (fbgemm, x86)", "take an x86-64 CPU with AVX2"
+except ImportError as error:
+    if "torch.ao" not in str(error):
+        raise
+    ENGINES = ()
+    OBSERVERS = QCONFIGS = WEIGHT_OBSERVERS = WIDTHS = _Missing()
+    fuse = fuse_for_qat = prepare = prepare_qat = convert = simulate = with_weights_of = set_engine = _Missing()
+    activation_quantizers = activation_report = layer_sqnr = ptq_report = quantize_only = _Missing()
+    count_fake_quantize = freeze_near_the_end = freeze_observers = qconfig_named = qconfig_of_width = _Missing()
+    _MISSING, _REMEDY = "torch.ao.quantization", "install an older torch"
+
+# Whose INT8 kernels eager mode and TorchScript can use here: ENGINES. Without any, there are no legacy rows.
 LEGACY = bool(ENGINES)
+NO_LEGACY = (
+    f"torch {torch.__version__} has no {_MISSING}: the legacy rows (eager-mode INT8, and what is exported from it) are left "
+    f"out; for them {_REMEDY}."
+)
 
 # Every rule for quantization parameters by its name: where the range of an activation comes from, and how many of them a
 # layer's weights share. The first is PyTorch's default for x86 CPUs.
@@ -31,22 +77,6 @@ QCONFIG_NAMES = (
     *("histogram_per_channel", "minmax_per_channel", "percentile_per_channel", "image_percentile_per_channel"),
     *("histogram_per_tensor", "minmax_per_tensor", "percentile_per_tensor", "image_percentile_per_tensor"),
 )
-_MISSING, _REMEDY = (
-    ("torch.ao.quantization", "install an older torch")
-    if eager is None
-    else ("INT8 kernels for this CPU (fbgemm, x86)", "take an x86-64 CPU with AVX2")
-)
-NO_LEGACY = (
-    f"torch {torch.__version__} has no {_MISSING}: the legacy rows (eager-mode INT8, and what is exported from it) are left "
-    f"out; for them {_REMEDY}."
-)
-
-
-def __getattr__(name: str) -> Any:
-    """The functions of `eager`. Raises StudyError where PyTorch has not what they stand on, so that an import ends in a sentence."""
-    if LEGACY or name.startswith("__"):
-        return getattr(eager, name)
-    raise StudyError(f"{name} is not there: {NO_LEGACY}")
 
 
 def load_arm(path: Path, engine: str = "fbgemm", arch: str | None = None) -> nn.Module:
@@ -77,15 +107,15 @@ def _load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, str], 
     if not LEGACY:
         raise StudyError(f"{path} cannot be loaded: {NO_LEGACY}")
     if form == "prepared":
-        prepared = eager.prepare(eager.fuse(model), eager.qconfig_named(metadata["qconfig"]))
+        prepared = prepare(fuse(model), qconfig_named(metadata["qconfig"]))
     elif form == "prepared_qat":
-        prepared = eager.prepare_qat(eager.fuse_for_qat(model))
+        prepared = prepare_qat(fuse_for_qat(model))
     elif form == "prepared_observer_only":
-        prepared = eager.prepare_qat(eager.fuse(model), eager.qconfig_named(metadata["qconfig"]))
+        prepared = prepare_qat(fuse(model), qconfig_named(metadata["qconfig"]))
     else:
         raise StudyError(f"{path} has the form {form!r}; delete it and make it again.")
     load_state(prepared, state, path)
-    return eager.convert(prepared, engine)
+    return convert(prepared, engine)
 
 
 def weight_bytes(model: nn.Module) -> int:
