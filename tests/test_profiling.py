@@ -157,7 +157,7 @@ def test_a_file_gives_the_same_logits_in_a_process_without_a_cap(tmp_path):
 
 @pytest.mark.skipif(not ENGINES, reason="no eager-mode INT8 here")
 def test_the_parts_of_a_call_add_up_to_it(tmp_path):
-    export_torchscript(nn.Sequential(nn.Conv2d(3, 8, 3)), tmp_path / "net.pt")
+    export_torchscript(nn.Sequential(nn.Conv2d(3, 8, 7)), tmp_path / "net.pt")
     row, _ = batch_change(tmp_path / "net.pt", ENGINES[0], threads=1, first=4, batch=1, calls=3)
     assert row["ms"] == pytest.approx(row["kernels"] + row["reorder"] + row["rest"])
     assert row["executed"] >= 1

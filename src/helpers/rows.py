@@ -5,24 +5,17 @@ to `records.save_record`; the columns stand in `records.COLUMNS`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from helpers.records import accuracy_row, prediction_key, profile_row
 from helpers.stats import wilson_interval
+from helpers.training import Evaluation
 
 Row = dict[str, Any]
 # Arm, runtime and INT8 engine, which is empty where the runtime has no such choice.
 Served = tuple[str, str, str]
-
-
-class Scored(Protocol):
-    """What `training.evaluate` returns: predictions uint8 [n], and how many of the n are correct."""
-
-    predictions: np.ndarray
-    correct: int
-    n: int
 
 
 def training_rows(model: Mapping[str, Any], histories: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -31,7 +24,7 @@ def training_rows(model: Mapping[str, Any], histories: Mapping[str, Sequence[Row
     return [of | {"arm": arm} | epoch for arm, history in histories.items() for epoch in history]
 
 
-def accuracy_rows(model: Mapping[str, Any], data: str, results: Mapping[Served, Scored]) -> list[Row]:
+def accuracy_rows(model: Mapping[str, Any], data: str, results: Mapping[Served, Evaluation]) -> list[Row]:
     """Rows of accuracy, with Wilson's interval. data: name of the copy whose test split was scored."""
     return [
         accuracy_row(model, arm, runtime, data, found.correct, found.n, wilson_interval(found.correct, found.n), engine)
@@ -39,7 +32,7 @@ def accuracy_rows(model: Mapping[str, Any], data: str, results: Mapping[Served, 
     ]
 
 
-def predictions_by_key(results: Mapping[Served, Scored]) -> dict[str, np.ndarray]:
+def predictions_by_key(results: Mapping[Served, Evaluation]) -> dict[str, np.ndarray]:
     """The predicted classes that stand beside a record: `records.prediction_key` -> uint8 [n]."""
     return {prediction_key(*served): found.predictions for served, found in results.items()}
 
