@@ -1,6 +1,9 @@
+import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -9,9 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers.files import StudyError
 from helpers.models import build_model, count_parameters, module_predictor, trim_dead_taps
 from helpers.profiling import (
+    batch_change,
+    capped_logits,
     floor_ms,
     in_fresh_process,
     layer_costs,
+    layer_floors,
     memory_traffic,
     onednn_events,
     onednn_reordered,
@@ -21,7 +27,8 @@ from helpers.profiling import (
     torch_ops,
     touched_taps,
 )
-from helpers.runtimes import convert_to_openvino, export_onnx
+from helpers.quantization import ENGINES
+from helpers.runtimes import convert_to_openvino, export_onnx, export_torchscript
 
 
 def test_a_padded_3x3_kernel_on_one_pixel_does_a_ninth_of_its_work():
@@ -124,7 +131,33 @@ def test_openvino_s_nodes_carry_pytorch_s_names(tmp_path):
 
 
 def test_a_fresh_process_gets_its_environment_and_says_why_it_failed():
-    script = "import os, sys; print(os.environ['CAP'], sys.argv[1])"
-    assert in_fresh_process(script, [3], {"CAP": "AVX2"}).split() == ["AVX2", "3"]
-    with pytest.raises(StudyError, match="KeyError"):
-        in_fresh_process(script, [3])
+    assert in_fresh_process(os.getenv, ["CAP"], {"CAP": "AVX2"})[0] == "AVX2"
+    with pytest.raises(StudyError, match="JSONDecodeError"):
+        in_fresh_process(json.loads, ["{"])
+
+
+def test_the_floor_of_a_call_grows_with_the_batch_and_its_reading_is_interpolated():
+    """1e6 MACs and 1e6 weights: bytes bound one image; 100 images are bound by arithmetic, 100 ms at 1 GMAC/s."""
+    costs = pd.DataFrame({"macs": [1e6], "useful_macs": [5e5], "weights": [1e6], "useful_weights": [1e6]}, ["conv"])
+    costs["activations"] = 0
+    reading = pd.Series({1e5: 1.0, 1e7: 0.5})  # GB/s; 1e6 bytes lie halfway between them on the logarithmic axis
+    np.testing.assert_allclose(layer_floors(costs, 1, 1, 1e9, reading), [1 / 0.75])
+    np.testing.assert_allclose(layer_floors(costs, 100, 1, 1, reading), [100])
+    np.testing.assert_allclose(layer_floors(costs, 100, 1, 1, reading, useful=True), [50])
+
+
+@pytest.mark.skipif(not ENGINES, reason="no eager-mode INT8 here")
+def test_a_file_gives_the_same_logits_in_a_process_without_a_cap(tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    export_torchscript(net, tmp_path / "net.pt")
+    images = np.random.default_rng(0).random((3, 3, 32, 32), np.float32)
+    logits, _ = capped_logits({"net": tmp_path / "net.pt"}, images, threads=1)
+    np.testing.assert_allclose(logits["net"], module_predictor(net)(images), rtol=1e-5)
+
+
+@pytest.mark.skipif(not ENGINES, reason="no eager-mode INT8 here")
+def test_the_parts_of_a_call_add_up_to_it(tmp_path):
+    export_torchscript(nn.Sequential(nn.Conv2d(3, 8, 7)), tmp_path / "net.pt")
+    row, _ = batch_change(tmp_path / "net.pt", ENGINES[0], threads=1, first=4, batch=1, calls=3)
+    assert row["ms"] == pytest.approx(row["kernels"] + row["reorder"] + row["rest"])
+    assert row["executed"] >= 1

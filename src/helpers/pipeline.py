@@ -60,7 +60,6 @@ NOTEBOOKS: dict[str, Notebook] = {
     "07_analysis": Notebook("none", 0.5, reads=True),
     "08_qat_or_longer": Notebook("none", 0.5, reads=True, eager_int8=True),
     "09_ptq_collapse": Notebook("none", 5, trains=True, experiment=True, eager_int8=True),
-    "10_jpeg_copy": Notebook("first", 0.2, ("02_ptq",), experiment=True, eager_int8=True),
     "11_dead_taps": Notebook(
         "timed", 0.7, ("04_jit", "05_onnx_openvino"), clocks=True, experiment=True, eager_int8=True
     ),

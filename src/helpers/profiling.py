@@ -1,5 +1,6 @@
 """Where the time of a call goes: the machine's ceilings, the work of each layer, and what the runtimes' own profilers see."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,18 +8,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import openvino
+import pandas as pd
 import torch
 from openvino import opset13 as ops
 from torch import Tensor, nn
 
-from helpers import quantization
 from helpers.files import StudyError
 from helpers.models import Predictor, live_taps, run_hooked
-from helpers.runtimes import compile_openvino
+from helpers.quantization import ENGINES
+from helpers.runtimes import compile_openvino, load_predictor
 
 # The library under torch's profiler looks for GPUs, and says at every start that there are none; this is about CPUs.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -96,6 +99,28 @@ def floor_ms(macs: np.ndarray, bytes_: np.ndarray, gmacs: float, gbs: float) -> 
     return 1e3 * np.maximum(np.asarray(macs) / (1e9 * gmacs), np.asarray(bytes_) / (1e9 * gbs))
 
 
+def layer_floors(
+    costs: pd.DataFrame, batch: int, element_bytes: int, gmacs: float, reading: pd.Series, useful: bool = False
+) -> pd.Series:
+    """The `floor_ms` of each layer of one call, by layer.
+
+    costs: rows of `layer_costs`, indexed by layer. element_bytes: of a weight or an activation, 4 or 1. gmacs: as in
+    `floor_ms`. reading: 10^9 bytes a second by the bytes of what is read again and again, as measured; it is interpolated
+    on a logarithmic axis for the working set of the model. useful: count only what touches data, not padding.
+    """
+    macs, weights = (costs[f"useful_{column}" if useful else column] for column in ("macs", "weights"))
+    moved = element_bytes * (weights + batch * costs.activations)
+    never_slower = reading.sort_index()[::-1].cummax()[::-1]  # less data is never slower to read
+    gbs = float(np.interp(np.log(moved.sum()), np.log(never_slower.index), never_slower))
+    return pd.Series(floor_ms(batch * macs, moved, gmacs, gbs), costs.index)
+
+
+def rates(call: Callable[[], Any], amount: int, tries: int = 30) -> dict[str, float]:
+    """How much of `amount` a call does in a second, in 10^9: the best of `tries` and their median."""
+    seconds = time_calls(call, tries)
+    return {"best": amount / seconds.min() / 1e9, "median": amount / float(np.median(seconds)) / 1e9}
+
+
 def time_calls(call: Callable[[], Any], repeats: int) -> np.ndarray:
     """Seconds that each of `repeats` calls took, float64 [repeats], after two that are not timed."""
     call(), call()
@@ -143,7 +168,7 @@ def products(threads: int, bfloat16: bool = False) -> dict[tuple[str, str], tupl
     if bfloat16:
         low, other = a.bfloat16(), b.bfloat16()
         calls["bfloat16", "torch.matmul"] = (lambda: low @ other, n**3)
-    for engine in quantization.ENGINES:
+    for engine in ENGINES:
         calls["int8", f"torch quantized linear, {engine}"] = (_quantized_linear(a, b, engine), n**3)
     for precision in ("float32", "int8"):
         request = _openvino_convolutions(channels, size, precision == "int8", threads)
@@ -152,7 +177,7 @@ def products(threads: int, bfloat16: bool = False) -> dict[tuple[str, str], tupl
 
 
 def _quantized_linear(a: Tensor, b: Tensor, engine: str) -> Callable[[], Any]:
-    quantization.set_engine(engine)
+    torch.backends.quantized.engine = engine
     weight = torch.quantize_per_tensor(b, 1 / 127, 0, torch.qint8)
     inputs = torch.quantize_per_tensor(a, 1 / 127, 0, torch.quint8)
     packed = torch.ops.quantized.linear_prepack(weight, None)
@@ -269,15 +294,110 @@ def _onednn_lines(verbose: str) -> list[list[str]]:
     return [fields for fields in lines if len(fields) > 6 and fields[2] == "primitive" and fields[3] != "info"]
 
 
-def in_fresh_process(script: str, arguments: Sequence[Any], environment: Mapping[str, str] | None = None) -> str:
-    """Run Python code in a process of its own and return what it printed; `environment` is added to this one's.
+def in_fresh_process(
+    call: Callable[..., Any], arguments: Sequence[Any], environment: Mapping[str, str] | None = None
+) -> tuple[Any, str]:
+    """Call a function in a process of its own: what it returned, and what was printed meanwhile.
 
+    call: a function of a module; its arguments and its result must be what JSON holds. environment: added to this one's.
     Raises StudyError with the last line of its error output when it fails.
     """
-    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
+    command = [sys.executable, "-W", "ignore", "-c", _CALL, call.__module__, call.__name__, json.dumps([*arguments])]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(environment or {}))
     if done.returncode:
         raise StudyError(
             f"A process of this notebook failed ({(done.stderr.strip() or 'no output').splitlines()[-1]})."
         )
-    return done.stdout
+    printed, _, returned = done.stdout.rpartition(_RETURNED)
+    return json.loads(returned), printed
+
+
+_RETURNED = "RETURNED "
+_CALL = f"""
+import importlib, json, sys
+module, name, arguments = sys.argv[1:]
+returned = getattr(importlib.import_module(module), name)(*json.loads(arguments))
+print("\\n{_RETURNED}" + json.dumps(returned))
+"""
+
+
+def batch_change(
+    file: Path, engine: str, threads: int, first: int, batch: int, calls: int, cached: bool = True
+) -> tuple[dict[str, float], set[str]]:
+    """What a call of a TorchScript INT8 file costs after the file has seen another batch size, by oneDNN's own report.
+
+    The file is loaded in a fresh process, gets `first` images three times, then `batch` images `calls` times. engine: of
+    quantization.ENGINES. cached: False takes oneDNN's cache of primitives away, so that each creation compiles its kernel.
+    Returns milliseconds of the least call (`ms`), of its `kernels`, its copies into another layout (`reorder`) and the
+    `rest`, what oneDNN says of creation, how many primitives were `executed`, `created` and were `reorders`; and the shapes
+    that were reordered. Raises StudyError when the process fails.
+    """
+    environment = {} if cached else {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+    seconds, printed = in_fresh_process(_change_batch, [str(file), engine, threads, first, batch, calls], environment)
+    reports = printed.split(_ONE_CALL)[1:]
+    events = [onednn_events(report) for report in reports]
+    least = {name: np.min([e.get(name, (0, 0)) for e in events], axis=0) for name in set().union(*events)}
+    total = {
+        start: sum((value for name, value in least.items() if name.startswith(start)), np.zeros(2))
+        for start in ("exec", "exec reorder", "create")
+    }
+    (executed, busy), (reorders, reordering), (created, creating) = total.values()
+    ms = 1e3 * min(seconds)
+    parts = {"kernels": busy - reordering, "reorder": reordering, "rest": ms - busy, "creation, by oneDNN": creating}
+    counts = {"executed": executed, "created": created, "reorders": reorders}
+    return {"ms": ms} | parts | counts, set().union(*map(onednn_reordered, reports))
+
+
+_ONE_CALL = "ONE CALL"
+
+
+def _change_batch(file: str, engine: str, threads: int, first: int, batch: int, calls: int) -> list[float]:
+    """Seconds of each call with `batch` images after three with `first`; then 20 that oneDNN reports about."""
+    torch.set_num_threads(threads)
+    torch.backends.quantized.engine = engine
+    model = torch.jit.load(file)
+    before, images = (torch.zeros(n, 3, 32, 32) for n in (first, batch))
+    with torch.inference_mode():
+        for _ in range(3):
+            model(before)
+        model(images)
+        seconds = time_calls(lambda: model(images), calls)
+        for _ in range(20):
+            print(_ONE_CALL, flush=True)
+            with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+                model(images)
+    return seconds.tolist()
+
+
+def capped_logits(
+    files: Mapping[str, Path], images: np.ndarray, threads: int, cap: str = ""
+) -> tuple[dict[str, np.ndarray], str]:
+    """Logits that files give where oneDNN and fbgemm may use no newer instructions than `cap`, and what oneDNN says it uses.
+
+    files: TorchScript (.pt) or OpenVINO (.xml). images: float32 [N, 3, 32, 32]. cap: one of CAPS, empty for none. Returns
+    name -> float32 [N, 10], and the words of the oneDNN in PyTorch. Raises StudyError when the process fails.
+    """
+    environment = dict(zip(("ONEDNN_MAX_CPU_ISA", "FBGEMM_ENABLE_INSTRUCTIONS"), CAPS[cap], strict=True)) if cap else {}
+    with TemporaryDirectory() as folder:
+        np.save(f"{folder}/images.npy", images)
+        names = {name: str(file) for name, file in files.items()}
+        _, printed = in_fresh_process(_save_logits, [folder, names, threads], environment)
+        with np.load(f"{folder}/logits.npz") as stored:
+            logits = dict(stored)
+    return logits, next((line.split("cpu,isa:")[1] for line in printed.splitlines() if "cpu,isa:" in line), "")
+
+
+# Neither has VNNI. In the words of oneDNN and of fbgemm.
+CAPS = {"AVX2": ("AVX2", "AVX2"), "AVX-512": ("AVX512_CORE", "AVX512")}
+
+
+def _save_logits(folder: str, files: dict[str, str], threads: int) -> None:
+    images = np.load(f"{folder}/images.npy")
+    pieces = np.array_split(images, -(-len(images) // 100))
+    logits = {}
+    for name, file in files.items():
+        predictor = load_predictor(Path(file), "openvino" if file.endswith(".xml") else "torchscript", threads)
+        logits[name] = np.concatenate([predictor(piece) for piece in pieces])
+    np.savez(f"{folder}/logits.npz", **logits)
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        torch.conv2d(torch.zeros(2, 16, 32, 32), torch.zeros(16, 16, 3, 3))

@@ -1,0 +1,58 @@
+"""Rows of a record, many at once: pure functions of what a notebook has measured.
+
+`model` is always a mapping that holds at least arch, recipe and seed, such as the parameters of the notebook. The rows go
+to `records.save_record`; the columns stand in `records.COLUMNS`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from helpers.records import accuracy_row, prediction_key, profile_row
+from helpers.stats import wilson_interval
+from helpers.training import Evaluation
+
+Row = dict[str, Any]
+# Arm, runtime and INT8 engine, which is empty where the runtime has no such choice.
+Served = tuple[str, str, str]
+
+
+def training_rows(model: Mapping[str, Any], histories: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """Rows of training: one an epoch. histories: arm -> what `training.fit` returned."""
+    of = {key: model[key] for key in ("arch", "recipe", "seed")}
+    return [of | {"arm": arm} | epoch for arm, history in histories.items() for epoch in history]
+
+
+def accuracy_rows(model: Mapping[str, Any], data: str, results: Mapping[Served, Evaluation]) -> list[Row]:
+    """Rows of accuracy, with Wilson's interval. data: name of the copy whose test split was scored."""
+    return [
+        accuracy_row(model, arm, runtime, data, found.correct, found.n, wilson_interval(found.correct, found.n), engine)
+        for (arm, runtime, engine), found in results.items()
+    ]
+
+
+def predictions_by_key(results: Mapping[Served, Evaluation]) -> dict[str, np.ndarray]:
+    """The predicted classes that stand beside a record: `records.prediction_key` -> uint8 [n]."""
+    return {prediction_key(*served): found.predictions for served, found in results.items()}
+
+
+def diagnosis_rows(facts: Mapping[str, Any], check: str, values: Mapping[Any, float], n: int) -> list[Row]:
+    """Rows of diagnosis, one for each setting. facts: arch, recipe, second_relu, seed, epochs, data and split.
+
+    values: setting -> number, of `n` images each; a pandas Series is one, too.
+    """
+    rows = ({"check": check, "setting": str(setting), "n": n, "value": float(v)} for setting, v in values.items())
+    return [dict(facts) | row for row in rows]
+
+
+def profile_rows(
+    model: Mapping[str, Any], check: str, values: Mapping[Any, float], unit: str = "", **where: Any
+) -> list[Row]:
+    """Rows of profile, one for each setting whose value is there; NaN is left out.
+
+    values: setting -> number in `unit`; a pandas Series is one, too. where: arm, runtime, engine, threads, batch, as
+    `records.profile_row` takes them.
+    """
+    found = ((str(setting), float(value)) for setting, value in values.items())
+    return [profile_row(model, check, setting, value, unit, **where) for setting, value in found if value == value]
