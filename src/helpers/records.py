@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,61 +14,24 @@ import pandas as pd
 from helpers.files import StudyError, whole_file
 from helpers.machine import machine_facts
 from helpers.parameters import ensure, made_from
+from helpers.report.results import Results
+from helpers.report.schema import (  # noqa: F401  notebooks import the names of runs and arrays from here
+    COLUMNS,
+    arm_facts,
+    prediction_key,
+    run_name,
+    times_key,
+)
 from helpers.training import trained_on
 
-# reason: why an arm cannot be had in a runtime; such a row has no numbers, and no row in another table.
-# engine: whose INT8 kernels eager and TorchScript used (fbgemm or x86); empty where there is no such choice.
-COLUMNS: dict[str, list[str]] = {
-    "accuracy": "arch recipe arm runtime engine seed data split n correct accuracy ci_low ci_high run_id".split(),
-    "latency": (
-        "arch recipe arm runtime engine threads batch rounds median_ms p90_ms p95_ms cv speedup speedup_low speedup_high "
-        "machine run_id"
-    ).split(),
-    "size": "arch arm runtime parameters weight_bytes artifact_bytes run_id".split(),
-    "exports": "arch recipe arm runtime seed export_seconds first_call_ms agreement n reason run_id".split(),
-    "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
-    "profile": "arch recipe arm runtime engine threads batch check setting value unit run_id".split(),
-    "diagnosis": "arch recipe second_relu seed epochs data split check setting n value run_id".split(),
-    # One row for each draw of calibration images; FP32 has no observer, no images and no seconds.
-    "calibration": (
-        "arch recipe seed observer weights images draw data split n correct accuracy seconds run_id".split()
-    ),
-}
-# Numbers that a row may lack: speed-ups of before they had intervals, and what a row of exports has none of.
-MAY_BE_MISSING = ("speedup_low", "speedup_high", "export_seconds", "first_call_ms", "agreement", "n")
+# What a row is, if it does not say so: of the first training of its seed, timed call after call on images of 32x32 pixels.
+ASSUMED: dict[str, dict[str, Any]] = {"accuracy": {"training": 0}, "latency": {"size": 32, "pace": "hot"}}
 
 
-@dataclass(frozen=True)
-class Arm:
-    """What the name of an arm says was done to the weights, see `arm_facts`."""
-
-    int8: bool  # quantized
-    retrained: bool  # trained further than the fp32 arm, with or without quantization in the loop
-    eager_mode: bool  # quantized by PyTorch's eager mode, which is deprecated, wherever it runs then
-    untrimmed: str  # the same arm with its dead taps
-
-    @property
-    def control(self) -> str:
-        """FP32 that trained further if this arm did: what its accuracy is set beside."""
-        return "fp32_longer" if self.retrained else "fp32"
-
-
-def arm_facts(arm: str) -> Arm:
-    """Read the name of an arm: ptq, qat, longer, the tool that quantized (nncf, pt2e, ort; else eager mode), trimmed."""
-    words = arm.split("_")
-    int8 = bool({"ptq", "qat"} & {*words})
-    return Arm(
-        int8=int8,
-        retrained=bool({"qat", "longer"} & {*words}),
-        eager_mode=int8 and not {"nncf", "pt2e", "ort"} & {*words},
-        untrimmed="_".join(word for word in words if word != "trimmed"),
-    )
-
-
-def run_name(notebook: str, arch: str = "", recipe: str = "", seed: int | None = None) -> str:
-    """The run_id of one notebook with one parameter set, for example 02_ptq-resnet18-tuned-s0."""
-    parts = [notebook, arch, recipe, "" if seed is None else f"s{seed}"]
-    return "-".join(part for part in parts if part)
+def _complete(table: str, row: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with what it may leave out: ASSUMED, and of a size the recipe and seed of its run."""
+    own = {key: run["parameters"][key] for key in ("recipe", "seed") if key in run["parameters"]}
+    return ASSUMED.get(table, {}) | (own if table == "size" else {}) | dict(row)
 
 
 def weights_path(run_dir: str, arch: str, recipe: str, seed: int, arm: str, suffix: str = ".safetensors") -> Path:
@@ -106,7 +68,7 @@ def save_record(
     data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
     predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`).
     times: see `times_key`; milliseconds of each round behind a row of latency, float64 [rounds], paired by round.
-    pages: file name -> Markdown that the book includes as it is. A run that trained names the machines which did, by its
+    A row may leave out what ASSUMED says, and one of a size its recipe and seed. pages are ignored: a record holds no prose. A run that trained names the machines which did, by its
     checkpoints (`run_dir`/checkpoints/`run_id`.pt or `run_id`-*.pt): it may have taken them over. The JSON is written last
     and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
     """
@@ -121,12 +83,14 @@ def save_record(
     checkpoints = Path(run_dir) / "checkpoints"
     if trainers := trained_on(*sorted([*checkpoints.glob(f"{run_id}.pt"), *checkpoints.glob(f"{run_id}-*.pt")])):
         run["trained_on"] = trainers
-    tables = {table: [row | {"run_id": run_id} for row in found] for table, found in rows.items()}
+    tables = {
+        table: [_complete(table, row, run) | {"run_id": run_id} for row in found] for table, found in rows.items()
+    }
     for table, found in tables.items():
         for row in found:
             if set(row) != set(COLUMNS[table]):
                 raise ValueError(f"{table} row has {sorted(set(row) ^ set(COLUMNS[table]))} too many or too few")
-    record = {"run_id": run_id, "run": run, "tables": tables, "pages": dict(pages or {})}
+    record = {"run_id": run_id, "run": run, "tables": tables}
     path = Path(run_dir) / "records" / f"{run_id}.json"
     if predictions or times:
         with whole_file(path.with_suffix(".npz")) as aside:
@@ -156,7 +120,7 @@ def accuracy_row(
 def size_row(
     arch: str, arm: str, runtime: str, parameters: int, weight_bytes: int, artifact_bytes: int
 ) -> dict[str, Any]:
-    """One row of size.csv."""
+    """One row of size.csv, less the recipe and seed, which `save_record` takes from the parameters of the run."""
     return {
         **{"arch": arch, "arm": arm, "runtime": runtime, "parameters": parameters},
         **{"weight_bytes": weight_bytes, "artifact_bytes": artifact_bytes},
@@ -207,18 +171,8 @@ def record_rows(run_dir: str, run_id: str, table: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["tables"].get(table, []) if path.exists() else []
 
 
-def prediction_key(arm: str, runtime: str, engine: str = "") -> str:
-    """Name of one array in a predictions file, for example ptq-eager-fbgemm."""
-    return "-".join(part for part in (arm, runtime, engine) if part)
-
-
-def times_key(row: Mapping[str, Any]) -> str:
-    """Name of the array of times behind one row of latency, for example ptq-eager-fbgemm-t2-b1."""
-    return f"{prediction_key(row['arm'], row['runtime'], row['engine'])}-t{row['threads']}-b{row['batch']}"
-
-
 def gather(run_dir: str, results: Path, keep: bool = False) -> None:
-    """Collect `run_dir`/records into `results`: a CSV for each table, runs.json, predictions/ (times, too), and pages for the book.
+    """Collect `run_dir`/records into `results`: a CSV for each table, runs.json and predictions/ (times, too).
 
     keep: leave what `results` has of other runs, so that a study which took several machines or days comes together.
     Rows are sorted, so the same records give the same files. Raises StudyError when there are no records, when one is
@@ -232,9 +186,9 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
     for path in paths:
         try:
             record = json.loads(path.read_text())
-            runs[record["run_id"]] = record["run"] | {"pages": record.get("pages", {})}
+            runs[record["run_id"]] = record["run"]
             for table, rows in record["tables"].items():
-                tables[table] += rows
+                tables[table] += [_complete(table, row, record["run"]) for row in rows]
         except (ValueError, KeyError) as error:
             raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
     if keep and (results / "runs.json").exists():
@@ -248,13 +202,6 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
         if path.with_suffix(".npz").exists():
             with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:
                 aside.write_bytes(path.with_suffix(".npz").read_bytes())
-    pages: dict[str, list[str]] = {}
-    for _, run in sorted(runs.items()):
-        for name, text in run["pages"].items():
-            pages.setdefault(name, []).append(text)
-    for name, texts in pages.items():  # runs that write the same page, of several models, follow each other in it
-        with whole_file(results / name) as aside:
-            aside.write_text("\n\n".join(texts) + "\n")
     for table, rows in tables.items():
         keys = [column for column in COLUMNS[table] if column not in ("accuracy", "median_ms")]
         frame = pd.DataFrame(rows, columns=COLUMNS[table]).sort_values(keys, kind="stable")
@@ -293,19 +240,8 @@ def _none_outdated(runs: Mapping[str, Any]) -> None:
 
 
 def read_results(results: Path) -> dict[str, pd.DataFrame]:
-    """Read the CSV files that `gather` wrote: table name -> frame. Raises StudyError when one is missing.
-
-    A number of MAY_BE_MISSING that is not there is NaN, also where the results are older than its column.
-    """
-    frames = {}
-    for table, columns in COLUMNS.items():
-        path = Path(results) / f"{table}.csv"
-        if not path.exists():
-            raise StudyError(f"{path} is missing; gather the records of a run first.")
-        frame = pd.read_csv(path, keep_default_na=False, na_values={column: [""] for column in MAY_BE_MISSING})
-        absent = [column for column in columns if column in MAY_BE_MISSING and column not in frame]
-        frames[table] = frame.assign(**dict.fromkeys(absent, np.nan))[columns]
-    return frames
+    """Read the CSV files that `gather` wrote: table name -> frame. Raises StudyError when one is missing, damaged or older."""
+    return dict(Results.open(results).tables)
 
 
 def open_results(run_dir: str, results: Path) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
@@ -333,20 +269,6 @@ def open_timed(
                 record = records / f"{run_name('06_benchmark', arch, 'tuned', 0)}.json"
                 ensure(record, "06_benchmark", parameters, arch=arch)
     return results, *open_results(run_dir, results)
-
-
-def superseded_trainings(results: Path, data_name: str, engine: str) -> dict[tuple[str, str, int], pd.Series]:
-    """Trainings in whose place `results` has another of the same seed: (arch, recipe, seed) -> accuracy of each arm in eager PyTorch.
-
-    `results`/superseded has their rows and runs.json: what they gave counts, though nothing of it can be timed any more.
-    Accuracies are in 0 to 1, on the copy of the data called `data_name`, of INT8 kernels of `engine`; {} where nothing was superseded.
-    """
-    path = Path(results) / "superseded" / "accuracy.csv"
-    if not path.exists():
-        return {}
-    rows = pd.read_csv(path, keep_default_na=False)
-    rows = rows[(rows.runtime == "eager") & (rows.data == data_name) & rows.engine.isin(["", engine])]
-    return {training: of.set_index("arm").accuracy for training, of in rows.groupby(["arch", "recipe", "seed"])}
 
 
 def what_was_timed(
