@@ -59,7 +59,11 @@ class Difference:
     @property
     def verdict(self) -> str:
         """better, worse, equal (within half a point) or undecided."""
-        if self.p < 0.05 and (self.low > 0 or self.high < 0):
+        return self.verdict_at(self.p)
+
+    def verdict_at(self, p: float) -> str:
+        """The verdict where `p` is corrected for a family of tests."""
+        if p < 0.05 and (self.low > 0 or self.high < 0):
             return "better" if self.low > 0 else "worse"
         return "equal" if self.equal else "undecided"
 
@@ -305,7 +309,8 @@ class Results:
                 ]
                 judged.append(key | dict(zip(columns, values, strict=True)))
         scores = pd.DataFrame(judged, columns=[*ROW, *columns])
-        return timed.drop(columns=["accuracy", "low", "high", "seeds", "n"]).merge(scores)
+        whole = dict.fromkeys(("threads", "batch", "size"), int)  # floats where other rows have none
+        return timed.drop(columns=["accuracy", "low", "high", "seeds", "n"]).astype(whole).merge(scores)
 
     def choose(self, pool: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
         """The row to take of a `pool` of candidates of one architecture and batch, and those that tie with the fastest.
@@ -318,7 +323,7 @@ class Results:
             raise NotMeasured("no row qualifies")
         tied = self._tied(pool)
         left = tied[~tied.index.isin(self._harmed(tied))]
-        left = left[left.mb <= TENTH * left.mb.min()]
+        left = smallest(left)
         return left.loc[left.ms.idxmin()], tied
 
     def _tied(self, pool: pd.DataFrame) -> pd.DataFrame:
@@ -336,10 +341,9 @@ class Results:
         harmed = set()
         for a, b in pairs:
             (row_a, control_a), (row_b, control_b) = changes[a], changes[b]
-            # (a - its control) - (b - its control), image by image
-            low, high = difference_interval(
-                row_a.astype(int) + control_b, row_b.astype(int) + control_a, seed=0, confidence=1 - 0.05 / len(pairs)
-            )
+            if not np.array_equal(control_a, control_b):  # (a - its control) - (b - its control), image by image
+                row_a, row_b = row_a.astype(int) + control_b, row_b.astype(int) + control_a
+            low, high = difference_interval(row_a, row_b, seed=0, confidence=1 - 0.05 / len(pairs))
             harmed |= {b} if low > 0 else {a} if high < 0 else set()
         return harmed
 
@@ -368,6 +372,11 @@ class Results:
             except Exception as error:  # zipfile, zlib and numpy each have their own
                 raise StudyError(f"{path} is damaged ({error}); gather the records of the run again.") from error
         return self._arrays[run_id]
+
+
+def smallest(pool: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the smallest file; sizes within a tenth count as equal."""
+    return pool[pool.mb <= TENTH * pool.mb.min()]
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> Difference:
