@@ -146,7 +146,7 @@ def reference_claims(results: Results, theirs: Path = THEIRS) -> pd.DataFrame:
             lines.append({"model": model_label(arch), "claim": claim, "theirs": ratio} | ours)
         percent = their.accuracy_percent.xs("eager", level="runtime")
         for claim, arm, called_there, recipe in THEIR_COSTS:
-            points = percent[called_there] - percent["fp32"] if theirs_called else np.nan
+            points = percent[called_there] - percent["fp32"] if called_there else np.nan
             try:
                 cost = results.compare(*(results.row(arch, of, "eager", recipe) for of in (arm, "fp32")))
             except NotMeasured:
