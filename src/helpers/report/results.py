@@ -162,7 +162,7 @@ class Results:
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """One line for each row that was scored: accuracy, its interval (fractions), seeds, n, run_ids.
+        """One line for each row that was scored: accuracy, its interval (fractions), seeds, n, run_ids; run_of: seed -> run_id.
 
         The interval covers images, and with several seeds these too. Other trainings of a seed, and other versions of the
         images, are not in it.
@@ -173,14 +173,15 @@ class Results:
         rows = []
         for key, of in first.groupby(ROW):
             row = dict(zip(ROW, key, strict=True))
-            right = self._answers(row, of)
+            right = self._right(row, of)
             if len(right) == len(of):
-                low, high = accuracy_interval(np.stack([*right.values()]))
+                low, high = accuracy_interval(np.stack(right))
             else:
                 low, high = seeds_interval(of.accuracy.to_numpy()) if len(of) > 1 else of[["ci_low", "ci_high"]].iloc[0]
             row |= {"accuracy": of.accuracy.mean(), "low": low, "high": high, "seeds": len(of), "n": int(of.n.min())}
-            rows.append(row | {"run_ids": tuple(of.run_id)})
-        return pd.DataFrame(rows, columns=[*ROW, "accuracy", "low", "high", "seeds", "n", "run_ids"])
+            run_of = {int(seed): run_id for seed, run_id in zip(of.seed, of.run_id, strict=True)}
+            rows.append(row | {"run_ids": tuple(of.run_id), "run_of": run_of})
+        return pd.DataFrame(rows, columns=[*ROW, "accuracy", "low", "high", "seeds", "n", "run_ids", "run_of"])
 
     @cached_property
     def rows(self) -> pd.DataFrame:
@@ -192,7 +193,9 @@ class Results:
         sizes = self.tables["size"].assign(mb=self.tables["size"].artifact_bytes / 1e6)
         sizes = sizes[["arch", "recipe", "arm", "runtime", "mb"]].drop_duplicates(["arch", "recipe", "arm", "runtime"])
         timed = latency[[*ROW, *CONDITIONS, "ms", "p90", "speedup", "speedup_low", "speedup_high", "run_id"]]
-        rows = timed.merge(self.scores, "outer", ROW).merge(sizes, "left", ["arch", "recipe", "arm", "runtime"])
+        rows = timed.merge(self.scores.drop(columns="run_of"), "outer", ROW).merge(
+            sizes, "left", ["arch", "recipe", "arm", "runtime"]
+        )
         rows["run_ids"] = [
             tuple(
                 dict.fromkeys(
@@ -221,7 +224,8 @@ class Results:
         """The latency of a row in its architecture's `benchmark`, or in the run whose run_id is among `conditions`.
 
         conditions: threads, batch, size and pace; by default the study's threads and smallest batch, 32 and hot. With the key
-        `times`: ms of each round, float64 [rounds], or None where they were not kept. Raises NotMeasured.
+        `times`: ms of each round, float64 [rounds], or None where they were not kept. What contradicts the median of the table
+        (times of another median, and then the intervals that came of them) is not used. Raises NotMeasured.
         """
         table = self.tables["latency"] if "run_id" in conditions else self.benchmark
         asked = {
@@ -232,16 +236,27 @@ class Results:
             **conditions,
         }
         found = _only(table, {**{key: row[key] for key in ROW}, **asked})
-        return found | {"times": self._stored(found["run_id"]).get(times_key(found))}
+        times = self._stored(found["run_id"]).get(times_key(found))
+        if times is not None and not np.isclose(np.median(times), found["median_ms"]):
+            found |= {"speedup_low": np.nan, "speedup_high": np.nan, "p90_ms": max(found["p90_ms"], found["median_ms"])}
+            times = None
+        return found | {"times": times}
+
+    def classes(self, row: Row) -> dict[int, np.ndarray]:
+        """The class that a row gives each test image: training seed -> uint8 [n], where it was kept. Raises NotMeasured."""
+        score = self.score(row)
+        key = prediction_key(row["arm"], row["runtime"], row["engine"])
+        found = {seed: self._stored(run_id).get(key) for seed, run_id in score["run_of"].items()}
+        return {seed: predicted for seed, predicted in found.items() if predicted is not None}
 
     def answers(self, row: Row) -> dict[int, np.ndarray]:
         """Which test images a row got right: training seed -> bool [n]. Raises NotMeasured where no answers were kept."""
-        score = self.score(row)
-        accuracy = self.tables["accuracy"]
-        of = accuracy[accuracy.run_id.isin(score["run_ids"])]
-        for key in ROW:
-            of = of[of[key] == row[key]]
-        if not (right := self._answers(row, of)):
+        right = {
+            seed: predicted == truth
+            for seed, predicted in self.classes(row).items()
+            if (truth := self._truth(row, seed)) is not None
+        }
+        if not right:
             raise NotMeasured(f"no answers of {_name(row)} were kept")
         return right
 
@@ -350,15 +365,16 @@ class Results:
     def _change(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         return on_common_seeds(self.answers(row), self.answers(self.control(row)))
 
-    def _answers(self, row: Row, of: pd.DataFrame) -> dict[int, np.ndarray]:
-        """Seed -> bool [n] for the rows `of` accuracy.csv whose answers, and the truth, were kept."""
-        right = {}
-        for seed, run_id in zip(of.seed, of.run_id, strict=True):
-            predicted = self._stored(run_id).get(prediction_key(row["arm"], row["runtime"], row["engine"]))
-            truth = self._stored(run_name("01_train", row["arch"], row["recipe"], seed)).get("truth")
-            if predicted is not None and truth is not None:
-                right[int(seed)] = predicted == truth
-        return right
+    def _right(self, row: Row, of: pd.DataFrame) -> list[np.ndarray]:
+        """Right answers, bool [n], of each of the rows `of` accuracy.csv whose answers, and the truth, were kept."""
+        key = prediction_key(row["arm"], row["runtime"], row["engine"])
+        pairs = [
+            (self._stored(run).get(key), self._truth(row, seed)) for run, seed in zip(of.run_id, of.seed, strict=True)
+        ]
+        return [predicted == truth for predicted, truth in pairs if predicted is not None and truth is not None]
+
+    def _truth(self, row: Row, seed: int) -> np.ndarray | None:
+        return self._stored(run_name("01_train", row["arch"], row["recipe"], seed)).get("truth")
 
     def _stored(self, run_id: str) -> dict[str, np.ndarray]:
         """The arrays of one run: answers (prediction_key) and times (times_key); none where it kept none."""
