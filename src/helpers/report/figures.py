@@ -36,7 +36,7 @@ def tradeoff(results: Results) -> Figure:
     Height: points over the row's own FP32 control with 95 % interval, logarithmic beyond one point either way.
     """
     of = results.candidates
-    of = of[of.batch == min(results.batches, default=1)]
+    of = of[of.batch == results.batch]
     headline, choices = tables.headline(results), tables.choices(results)
     named = pd.concat([headline, choices[choices.need == "lowest latency"]]) if len(choices) else headline
     figure, panels = _panels([tables.model_label(arch) for arch in results.archs], 4.2)

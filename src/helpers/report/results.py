@@ -160,6 +160,11 @@ class Results:
         """The batch sizes of the benchmark, smallest first."""
         return sorted(int(batch) for batch in self.benchmark.batch.unique())
 
+    @property
+    def batch(self) -> int:
+        """The smallest batch of the benchmark, which tables show; 1 without one."""
+        return min(self.batches, default=1)
+
     @cached_property
     def scores(self) -> pd.DataFrame:
         """One line for each row that was scored: accuracy, its interval (fractions), seeds, n, run_ids; run_of: seed -> run_id.
@@ -230,7 +235,7 @@ class Results:
         table = self.tables["latency"] if "run_id" in conditions else self.benchmark
         asked = {
             "threads": self.threads,
-            "batch": min(self.batches, default=1),
+            "batch": self.batch,
             "size": 32,
             "pace": "hot",
             **conditions,

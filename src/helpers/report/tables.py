@@ -75,7 +75,7 @@ def model_label(arch: str, recipe: str = "") -> str:
 def headline(results: Results) -> pd.DataFrame:
     """What PyTorch FP32, OpenVINO FP32, INT8 by NNCF and INT8 by ONNX Runtime give, one image at a time, as benchmarked."""
     of = results.candidates
-    of = of[of.batch == min(results.batches, default=1)]
+    of = of[of.batch == results.batch]
     return _lines(
         _judged(row)
         for arch in results.archs
@@ -90,7 +90,7 @@ def choices(results: Results) -> pd.DataFrame:
     for (arch, batch), of in results.candidates.groupby(["arch", "batch"]):
         kept = of[of.kept]
         for need, qualifies in (
-            NEEDS.items() if batch == results.batches[0] else {f"batches of {batch}": NEEDS["lowest latency"]}.items()
+            NEEDS.items() if batch == results.batch else {f"batches of {batch}": NEEDS["lowest latency"]}.items()
         ):
             pool = kept[qualifies(kept)]
             if pool.empty or not ((pool.runtime != "eager") | (pool.arm != pool.control)).any():
@@ -105,7 +105,7 @@ def choices(results: Results) -> pd.DataFrame:
 def rows(results: Results) -> pd.DataFrame:
     """Every row that was timed at the study's threads, one image at a time, fastest first; accuracy over all its seeds."""
     of = results.rows.merge(results.benchmark[[*ROW, "threads", "batch", "run_id"]])
-    of = of[(of.threads == results.threads) & (of.batch == min(results.batches, default=1))]
+    of = of[(of.threads == results.threads) & (of.batch == results.batch)]
     return _lines(_measured(row) for _, row in of.sort_values(["arch", "ms"]).iterrows())
 
 
@@ -274,7 +274,7 @@ def runtimes(results: Results) -> pd.DataFrame:
     lines = []
     for arch in results.archs:
         of = results.rows.merge(results.benchmark[[*ROW, "threads", "batch", "run_id"]])
-        of = of[(of.arch == arch) & (of.threads == results.threads) & (of.batch == results.batches[0])]
+        of = of[(of.arch == arch) & (of.threads == results.threads) & (of.batch == results.batch)]
         of = of[~of.runtime.isin(["eager", "torchscript"]) & ~of.trimmed & (of.int8 | ~of.retrained)]
         of = of[~of.deprecated | (of.arm == "ptq")].assign(last=of.deprecated).sort_values(["last", "ms"])
         for row in of.to_dict("records"):
@@ -317,7 +317,7 @@ def machines(results: Results) -> pd.DataFrame:
     """Speed-ups over eager FP32 of a few paths on every machine that timed them; a machine is a line's own baseline."""
     latency = results.tables["latency"]
     of = latency[(latency.threads == results.threads) & (latency.recipe != RANDOM) & (latency.pace == "hot")]
-    of = of[(of["size"] == 32) & (of.batch == min(results.batches, default=1))]
+    of = of[(of["size"] == 32) & (of.batch == results.batch)]
     paths = [
         ("fp32", "eager"),
         ("fp32", "openvino"),
