@@ -211,15 +211,6 @@ def _not_better(found: Difference) -> str:
     return "holds" if found.high < 1 else "undecided"
 
 
-def _timed_seeds(results: Results, arch: str) -> list[int]:
-    """The trainings of which every timed row was scored."""
-    keys = results.candidates[results.candidates.arch == arch]
-    if keys.empty:
-        raise NotMeasured(f"{arch} was not timed")
-    rows = keys[["arch", "recipe", "arm", "runtime", "engine"]].drop_duplicates().to_dict("records")
-    return sorted(set.intersection(*({*results.answers(row)} for row in rows)))
-
-
 EAGER, OPENVINO, NNCF = ("fp32", "eager"), ("fp32", "openvino"), ("ptq_nncf", "openvino")
 
 
@@ -258,7 +249,7 @@ def _with(of: Evidence, status: str) -> Evidence:
 def _nncf_cost(results: Results) -> list[Evidence]:
     def one(arch: str) -> list[Evidence]:
         row = results.row(arch, *NNCF)
-        seeds = _timed_seeds(results, arch)
+        seeds = results.shared_seeds.get(arch, [])
         return [
             _change(results, row, results.control(row), "INT8 (NNCF) minus FP32", _loses_at_most(HALF_A_POINT), seeds)
         ]

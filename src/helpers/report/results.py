@@ -221,9 +221,15 @@ class Results:
             engine = self.engine if arm_facts(arm).int8 and runtime in ("eager", "torchscript") else ""
         return {"arch": arch, "recipe": recipe or self.recipe, "arm": arm, "runtime": runtime, "engine": engine}
 
+    @cached_property
+    def _scored(self) -> dict[tuple, dict[str, Any]]:
+        return {_key(line): line for line in self.scores.to_dict("records")}
+
     def score(self, row: Row) -> dict[str, Any]:
         """The line of `scores` of a row. Raises NotMeasured."""
-        return _only(self.scores, {key: row[key] for key in ROW})
+        if _key(row) not in self._scored:
+            raise NotMeasured(f"{_name(row)} was not scored")
+        return self._scored[_key(row)]
 
     def timing(self, row: Row, **conditions: Any) -> dict[str, Any]:
         """The latency of a row in its architecture's `benchmark`, or in the run whose run_id is among `conditions`.
@@ -267,7 +273,7 @@ class Results:
 
     def compare(self, a: Row, b: Row, seeds: Iterable[int] = ()) -> Difference:
         """Accuracy of `a` minus that of `b`, image by image on the seeds that both have, or on `seeds`. Raises NotMeasured."""
-        key = (tuple(a[name] for name in ROW), tuple(b[name] for name in ROW), tuple(seeds))
+        key = (_key(a), _key(b), tuple(seeds))
         if key not in self._differences:
             of_a, of_b = (
                 {seed: right for seed, right in self.answers(row).items() if not key[2] or seed in key[2]}
@@ -292,31 +298,38 @@ class Results:
         longer, fp32 = (
             self.row(row["arch"], arm, "eager", row["recipe"]) for arm in (arm_facts(row["arm"]).control, "fp32")
         )
-        return longer if _has(self.scores, longer) else fp32
+        return longer if _key(longer) in self._scored else fp32
 
     def cost(self, row: Row, seeds: Iterable[int] = ()) -> Difference:
         """What quantization changed: accuracy of a row minus that of its own FP32 control. Raises NotMeasured."""
         return self.compare(row, self.control(row), seeds)
 
     @cached_property
+    def shared_seeds(self) -> dict[str, list[int]]:
+        """Of each timed architecture the trainings of which every row of the benchmark was scored that was scored at all."""
+        scored = self.scores.merge(self.benchmark[ROW].drop_duplicates())
+        return {
+            str(arch): sorted(set.intersection(*({*self.answers(row)} for row in of.to_dict("records"))))
+            for arch, of in scored.groupby("arch")
+        }
+
+    @cached_property
     def candidates(self) -> pd.DataFrame:
         """What can be chosen: every row of the benchmark that was scored as it runs, and whose file has a size, at `threads`.
 
-        All of an architecture are judged on the seeds that all of them have, because more trainings make a wider interval:
-        accuracy in points as `percent` with percent_low and percent_high, what quantization changed as `change`, change_low
-        and change_high, `kept` (see Difference), `seeds` and `n`; ms, p90, speedup, mb and facts as in `rows`.
+        All of an architecture are judged on `shared_seeds`, because more trainings make a wider interval: accuracy in points as
+        `percent` with percent_low and percent_high, what quantization changed as `change`, change_low and change_high, `kept`
+        (see Difference), `seeds` and `n`; ms, p90, speedup, mb and facts as in `rows`.
         """
         timed = self.rows.merge(self.benchmark[[*ROW, *CONDITIONS, "run_id"]])
         timed = timed[(timed.threads == self.threads) & timed.accuracy.notna() & timed.mb.notna()]
         columns = "percent percent_low percent_high change change_low change_high kept seeds n".split()
         judged = []
-        for _, of in timed.groupby("arch"):
-            keys = of[ROW].drop_duplicates().to_dict("records")
-            shared = set.intersection(*({*self.answers(key)} for key in keys))
-            for key in keys if shared else []:
-                right = np.stack([self.answers(key)[seed] for seed in sorted(shared)])
+        for key in timed[ROW].drop_duplicates().to_dict("records"):
+            if seeds := self.shared_seeds[key["arch"]]:
+                right = np.stack([self.answers(key)[seed] for seed in seeds])
                 low, high = accuracy_interval(right)
-                cost = self.cost(key, sorted(shared))
+                cost = self.cost(key, seeds)
                 values = [
                     100 * right.mean(),
                     100 * low,
@@ -442,15 +455,15 @@ def _only(frame: pd.DataFrame, asked: Mapping[str, Any]) -> dict[str, Any]:
     return found.iloc[0].to_dict()
 
 
-def _has(frame: pd.DataFrame, asked: Mapping[str, Any]) -> bool:
-    return bool(_matches(frame, asked).any())
-
-
 def _matches(frame: pd.DataFrame, asked: Mapping[str, Any]) -> pd.Series:
     chosen = pd.Series(True, frame.index)
     for key, value in asked.items():
         chosen &= frame[key] == value
     return chosen
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in ROW)
 
 
 def _name(row: Row) -> str:
