@@ -255,6 +255,20 @@ def open_results(run_dir: str, results: Path) -> tuple[dict[str, pd.DataFrame], 
     return tables | {"latency": with_times(results, tables["latency"])}, read_runs(results)
 
 
+def results_of(run_dir: str, parameters: Mapping[str, Any]) -> Path:
+    """The folder with the results of a run, gathered from its records; ResNet18 is timed now if nothing of it is there yet.
+
+    parameters: of the notebook that asks, for notebook 6. A published book, which has results only, is left as it is.
+    """
+    results, records = Path(run_dir) / "book" / "results", Path(run_dir) / "records"
+    if not records.exists() and not (results / "runs.json").exists():
+        record = records / f"{run_name('06_benchmark', 'resnet18', 'tuned', 0)}.json"
+        ensure(record, "06_benchmark", parameters, arch="resnet18")
+    if records.exists():
+        gather(run_dir, results)
+    return results
+
+
 def open_timed(
     run_dir: str, archs: list[str], parameters: Mapping[str, Any]
 ) -> tuple[Path, dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:

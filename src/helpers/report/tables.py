@@ -451,7 +451,7 @@ def runs(results: Results) -> pd.DataFrame:
 
 def shown(frame: pd.DataFrame) -> Styler:
     """A table for the eye: `x low` and `x high` become `x [95 % CI]`, numbers are rounded by their unit."""
-    return as_text(frame).style.hide(axis="index")
+    return as_text(frame).style.hide(axis="index").set_table_attributes('class="results"')
 
 
 def as_text(frame: pd.DataFrame) -> pd.DataFrame:
