@@ -24,12 +24,14 @@ PYTHON = shlex.quote(sys.executable)
 LOGGED = f" >> {RUN}/study.log 2>&1"
 PAPERMILL = f"{PYTHON} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}" + LOGGED
 MODEL = "-{arch}-{recipe}-s{seed}"
-# Records of notebooks that run once for all models; notebook 9 trains models of its own.
 FIRST = PROFILE.trained()[0]
-COLLAPSE = f"{RUN}/records/{run_name('09_ptq_collapse', seed=FIRST['seed'])}.json"
+# What notebooks make that run once for all models: 8 times random weights, 9 trains models of its own, 7 gathers all records.
+ONCE = {
+    "07_analysis": f"{RUN}/book/results/runs.json",
+    "08_carry_over": f"{RUN}/records/{run_name('08_carry_over')}.json",
+    "09_ptq_collapse": f"{RUN}/records/{run_name('09_ptq_collapse', seed=FIRST['seed'])}.json",
+}
 OWN_RESNET50 = {"arch": "resnet50", "recipe": "tuned", "seed": FIRST["seed"]}
-# The pages that notebooks which read all records write.
-PAGES = {"07_analysis": "table1.md", "08_qat_or_longer": "qat.md", "17_decide": "choice.md"}
 
 
 def records(notebook, models):
@@ -39,9 +41,7 @@ def records(notebook, models):
 
 def outputs(notebook):
     """What a notebook has made when it has run for all its models."""
-    if NOTEBOOKS[notebook].reads:
-        return [f"{RUN}/book/results/{PAGES[notebook]}"]
-    return [COLLAPSE] if notebook == "09_ptq_collapse" else records(notebook, PROFILE.planned(notebook))
+    return [ONCE[notebook]] if notebook in ONCE else records(notebook, PROFILE.planned(notebook))
 
 
 def parameters(notebook):
@@ -108,54 +108,34 @@ for notebook in OF_MODELS:
             PAPERMILL
 
 
-for notebook in ["09_ptq_collapse"] if "09_ptq_collapse" in PLANNED else []:
+for notebook in [notebook for notebook in PLANNED if notebook in ONCE]:
 
     rule:
         name:
             notebook
         input:
-            records("01_train", [OWN_RESNET50] if OWN_RESNET50 in PROFILE.trained() else []),
+            records("01_train", [OWN_RESNET50] if OWN_RESNET50 in PROFILE.trained() else [])
+            if NOTEBOOKS[notebook].trains
+            else [outputs(other) for other in (MAKE_RECORDS if NOTEBOOKS[notebook].reads else BEFORE_TIMING)],
+            "book/reference_study.csv" if NOTEBOOKS[notebook].reads else [],
             notebook=f"notebooks/{notebook}.ipynb",
         output:
-            update(COLLAPSE),
+            update(ONCE[notebook]),
         log:
-            f"{RUN}/notebooks/{Path(COLLAPSE).stem}.ipynb",
+            f"{RUN}/notebooks/{Path(ONCE[notebook]).stem if notebook != '07_analysis' else notebook}.ipynb",
         params:
             shlex.quote(json.dumps(PROFILE.arguments(notebook, NAME, seed=FIRST["seed"]))),
         threads: threads_of(notebook)
         resources:
             mem_mb=4000,
-            gpu=config.get("gpu", 0),
-        shell:
-            PAPERMILL
-
-
-# These read the records of all others, one after the other, and write pages of the book.
-for notebook in [notebook for notebook in PLANNED if NOTEBOOKS[notebook].reads]:
-
-    rule:
-        name:
-            notebook
-        input:
-            [outputs(other) for other in MAKE_RECORDS],
-            outputs("07_analysis") if notebook != "07_analysis" else [],
-            reference="book/reference_study.csv",
-            notebook=f"notebooks/{notebook}.ipynb",
-        output:
-            update(outputs(notebook)),
-        log:
-            f"{RUN}/notebooks/{notebook}.ipynb",
-        params:
-            shlex.quote(json.dumps(PROFILE.arguments(notebook, NAME))),
-        resources:
-            mem_mb=4000,
+            gpu=config.get("gpu", 0) if NOTEBOOKS[notebook].trains else 0,
         shell:
             PAPERMILL
 
 
 rule book:
     input:
-        [outputs(notebook) for notebook in PLANNED if NOTEBOOKS[notebook].reads],
+        outputs("07_analysis"),
         sorted(str(page) for page in Path("book").glob("*.*")),
     output:
         update(f"{RUN}/book/_build/html/index.html"),

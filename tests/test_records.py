@@ -9,9 +9,7 @@ import pytest
 from helpers.files import StudyError, whole_file
 from helpers.records import (
     COLUMNS,
-    Arm,
     accuracy_row,
-    arm_facts,
     commit,
     export_row,
     gather,
@@ -21,6 +19,7 @@ from helpers.records import (
     read_results,
     run_name,
     save_record,
+    size_row,
     times_key,
 )
 
@@ -131,23 +130,6 @@ def test_counts_stay_counts_where_a_row_of_exports_has_none(tmp_path):
     assert read_results(tmp_path / "results")["exports"].set_index("runtime").n["openvino"] == 360
 
 
-def test_results_of_before_speedups_had_intervals_are_read_and_kept_beside_new_ones(tmp_path):
-    def save(run_dir, arch):
-        row = dict.fromkeys(COLUMNS["latency"], 1.5) | {"arch": arch, "recipe": "tuned", "arm": "ptq", "machine": "x"}
-        row.pop("run_id")
-        save_record(str(run_dir), f"06_benchmark-{arch}", {}, None, {"latency": [row]})
-        gather(str(run_dir), tmp_path / "results", keep=True)
-
-    save(tmp_path / "a", "resnet18")
-    path = tmp_path / "results" / "latency.csv"
-    pd.read_csv(path).drop(columns=["speedup_low", "speedup_high"]).to_csv(path, index=False)
-    assert read_results(tmp_path / "results")["latency"].speedup_low.isna().all()
-    save(tmp_path / "b", "resnet34")
-    latency = read_results(tmp_path / "results")["latency"].set_index("arch")
-    assert latency.speedup_low.isna().to_dict() == {"resnet18": True, "resnet34": False}
-    assert latency.speedup_high["resnet34"] == 1.5 and latency.speedup["resnet18"] == 1.5
-
-
 def test_latencies_come_with_the_times_of_their_rounds_where_these_were_kept(tmp_path):
     for arch, kept in (("resnet18", True), ("resnet34", False)):
         row = dict.fromkeys(COLUMNS["latency"], 2) | {
@@ -170,25 +152,14 @@ def test_the_commit_is_unknown_outside_git_and_without_git(tmp_path, monkeypatch
     assert commit() == "unknown"
 
 
-def test_models_that_write_the_same_page_follow_each_other_in_it(tmp_path):
-    for run_dir, arch in (("a", "resnet18"), ("b", "resnet34")):
-        save_record(str(tmp_path / run_dir), f"13_x-{arch}", {}, None, {}, pages={"time.md": f"of {arch}"})
-        gather(str(tmp_path / run_dir), tmp_path / "results", keep=True)
-    assert (tmp_path / "results" / "time.md").read_text() == "of resnet18\n\nof resnet34\n"
-
-
-@pytest.mark.parametrize(
-    ("arm", "int8", "retrained", "eager_mode", "untrimmed"),
-    [
-        ("fp32_longer", False, True, False, "fp32_longer"),
-        ("ptq_longer_trimmed", True, True, True, "ptq_longer"),
-        ("qat_observer_only", True, True, True, "qat_observer_only"),
-        ("trimmed_ptq_nncf", True, False, False, "ptq_nncf"),
-        ("qat_pt2e", True, True, False, "qat_pt2e"),
-    ],
-)
-def test_the_name_of_an_arm_says_what_was_done_to_the_weights(arm, int8, retrained, eager_mode, untrimmed):
-    assert arm_facts(arm) == Arm(int8, retrained, eager_mode, untrimmed)
+def test_a_record_says_of_which_training_a_size_is_and_keeps_no_prose(tmp_path):
+    size = size_row("resnet18", "ptq", "eager", 10, 10, 12)
+    parameters = {"recipe": "tuned", "seed": 3}
+    save_record(str(tmp_path), "02_ptq-x", parameters, None, {"size": [size]}, pages={"ptq.md": "It is fast."})
+    gather(str(tmp_path), tmp_path / "results")
+    found = read_results(tmp_path / "results")["size"].iloc[0]
+    assert (found.recipe, found.seed) == ("tuned", 3)
+    assert "It is fast." not in (tmp_path / "records" / "02_ptq-x.json").read_text()
 
 
 def test_times_of_two_machines_are_said_not_to_compare():

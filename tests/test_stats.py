@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from helpers.stats import (
+from helpers.report.stats import (
     accuracy_interval,
     difference_interval,
     expected_calibration_error,
@@ -89,9 +89,13 @@ def test_a_row_is_faster_by_its_interval_or_where_there_is_none_by_its_p90():
     assert not shown_faster(row(1.0, 1.05, 9.8, 10.2), row(1.2, 1.8, 8.5, 9.0))  # as far apart as the same work may be
     # Rounds of one process are paired: of times that rise and fall together, the interval of the ratio decides.
     rounds = np.random.default_rng(0).lognormal(0, 0.5, 50)
-    fast, slow = (row(np.median(ms), np.quantile(ms, 0.9), 1, 9) | {"times": ms} for ms in (rounds, 1.2 * rounds))
+    process = {"run_id": "a"}
+    fast, slow = (
+        row(np.median(ms), np.quantile(ms, 0.9), 1, 9) | process | {"times": ms} for ms in (rounds, 1.2 * rounds)
+    )
     assert shown_faster(fast, slow) and not shown_faster(slow, fast) and not shown_faster(fast, fast)
-    assert not shown_faster(fast | {"run_id": "a"}, slow | {"run_id": "b"})  # two processes: nothing is paired
+    assert not shown_faster(fast, slow | {"run_id": "b"})  # two processes: nothing is paired
+    assert not shown_faster(fast | {"run_id": ""}, slow | {"run_id": ""})  # nothing says that it was one process
     assert not shown_faster(fast, slow | {"times": None})
     assert not shown_faster(fast, slow | {"times": 1.05 * rounds})  # nearer than rows that do the same work
     assert not shown_faster(row(1.0, 1.5), row(1.2, 1.8, 8.5, 8.8)) and shown_faster(row(1.0, 1.05), row(1.2, 1.8))

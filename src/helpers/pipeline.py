@@ -58,7 +58,7 @@ NOTEBOOKS: dict[str, Notebook] = {
     ),
     "06_benchmark": Notebook("timed", 1.5, ("04_jit", "05_onnx_openvino"), alone=True),
     "07_analysis": Notebook("none", 0.5, reads=True),
-    "08_qat_or_longer": Notebook("none", 0.5, reads=True, eager_int8=True),
+    "08_carry_over": Notebook("none", 3, alone=True, experiment=True),
     "09_ptq_collapse": Notebook("none", 5, trains=True, experiment=True, eager_int8=True),
     "11_dead_taps": Notebook(
         "timed", 0.7, ("04_jit", "05_onnx_openvino"), clocks=True, experiment=True, eager_int8=True
@@ -70,7 +70,6 @@ NOTEBOOKS: dict[str, Notebook] = {
     "14_calibration": Notebook("timed", 2, ("01_train",), experiment=True, eager_int8=True),
     "15_bit_widths": Notebook("first", 4, ("03_qat",), trains=True, experiment=True, eager_int8=True),
     "16_what_accuracy_hides": Notebook("first", 1, ("04_jit", "05_onnx_openvino"), experiment=True, eager_int8=True),
-    "17_decide": Notebook("none", 0.5, reads=True),
 }
 LEFT_OUT = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.eager_int8 and not LEGACY)
 READERS = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.reads)
@@ -107,7 +106,7 @@ class Profile(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     models: Annotated[list[Block], Field(min_length=1)]
-    experiments: bool = True  # also the notebooks from 9 on
+    experiments: bool = True  # also the notebooks from 8 on
     common: dict[str, Any] = {}
     notebooks: dict[str, dict[str, Any]] = {}
 

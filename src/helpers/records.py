@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,62 +14,24 @@ import pandas as pd
 from helpers.files import StudyError, whole_file
 from helpers.machine import machine_facts
 from helpers.pipeline import ensure, made_from
+from helpers.report.results import Results
+from helpers.report.schema import (  # noqa: F401  notebooks import the names of runs and arrays from here
+    COLUMNS,
+    arm_facts,
+    prediction_key,
+    run_name,
+    times_key,
+)
 from helpers.training import trained_on
 
-# size: height and width of the images in pixels. pace: hot (call after call) or idle_10 (each call after 10 ms of rest).
-# reason: why an arm cannot be had in a runtime; such a row has no numbers, and no row in another table.
-# engine: whose INT8 kernels eager and TorchScript used (fbgemm or x86); empty where there is no such choice.
-COLUMNS: dict[str, list[str]] = {
-    "accuracy": "arch recipe arm runtime engine seed data split n correct accuracy ci_low ci_high run_id".split(),
-    "latency": (
-        "arch recipe arm runtime engine threads batch size pace rounds median_ms p90_ms p95_ms cv speedup speedup_low "
-        "speedup_high machine run_id"
-    ).split(),
-    "size": "arch arm runtime parameters weight_bytes artifact_bytes run_id".split(),
-    "exports": "arch recipe arm runtime seed export_seconds first_call_ms agreement n reason run_id".split(),
-    "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
-    "profile": "arch recipe arm runtime engine threads batch check setting value unit run_id".split(),
-    "diagnosis": "arch recipe second_relu seed epochs data split check setting n value run_id".split(),
-    # One row for each draw of calibration images; FP32 has no observer, no images and no seconds.
-    "calibration": (
-        "arch recipe seed observer weights images draw data split n correct accuracy seconds run_id".split()
-    ),
-}
-# Numbers that a row may lack: speed-ups of before they had intervals, and what a row of exports has none of.
-MAY_BE_MISSING = ("speedup_low", "speedup_high", "export_seconds", "first_call_ms", "agreement", "n")
+# What a row is, if it does not say so: of the first training of its seed, timed call after call on images of 32x32 pixels.
+ASSUMED: dict[str, dict[str, Any]] = {"accuracy": {"training": 0}, "latency": {"size": 32, "pace": "hot"}}
 
 
-@dataclass(frozen=True)
-class Arm:
-    """What the name of an arm says was done to the weights, see `arm_facts`."""
-
-    int8: bool  # quantized
-    retrained: bool  # trained further than the fp32 arm, with or without quantization in the loop
-    eager_mode: bool  # quantized by PyTorch's eager mode, which is deprecated, wherever it runs then
-    untrimmed: str  # the same arm with its dead taps
-
-    @property
-    def control(self) -> str:
-        """FP32 that trained further if this arm did: what its accuracy is set beside."""
-        return "fp32_longer" if self.retrained else "fp32"
-
-
-def arm_facts(arm: str) -> Arm:
-    """Read the name of an arm: ptq, qat, longer, the tool that quantized (nncf, pt2e, ort; else eager mode), trimmed."""
-    words = arm.split("_")
-    int8 = bool({"ptq", "qat"} & {*words})
-    return Arm(
-        int8=int8,
-        retrained=bool({"qat", "longer"} & {*words}),
-        eager_mode=int8 and not {"nncf", "pt2e", "ort"} & {*words},
-        untrimmed="_".join(word for word in words if word != "trimmed"),
-    )
-
-
-def run_name(notebook: str, arch: str = "", recipe: str = "", seed: int | None = None) -> str:
-    """The run_id of one notebook with one parameter set, for example 02_ptq-resnet18-tuned-s0."""
-    parts = [notebook, arch, recipe, "" if seed is None else f"s{seed}"]
-    return "-".join(part for part in parts if part)
+def _complete(table: str, row: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with what it may leave out: ASSUMED, and of a size the recipe and seed of its run."""
+    own = {key: run["parameters"][key] for key in ("recipe", "seed") if key in run["parameters"]}
+    return ASSUMED.get(table, {}) | (own if table == "size" else {}) | dict(row)
 
 
 def weights_path(run_dir: str, arch: str, recipe: str, seed: int, arm: str, suffix: str = ".safetensors") -> Path:
@@ -107,7 +68,7 @@ def save_record(
     data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
     predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`).
     times: see `times_key`; milliseconds of each round behind a row of latency, float64 [rounds], paired by round.
-    pages: file name -> Markdown that the book includes as it is. A run that trained names the machines which did, by its
+    A row may leave out what ASSUMED says, and one of a size its recipe and seed. pages are ignored: a record holds no prose. A run that trained names the machines which did, by its
     checkpoints (`run_dir`/checkpoints/`run_id`.pt or `run_id`-*.pt): it may have taken them over. The JSON is written last
     and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
     """
@@ -122,12 +83,14 @@ def save_record(
     checkpoints = Path(run_dir) / "checkpoints"
     if trainers := trained_on(*sorted([*checkpoints.glob(f"{run_id}.pt"), *checkpoints.glob(f"{run_id}-*.pt")])):
         run["trained_on"] = trainers
-    tables = {table: [row | {"run_id": run_id} for row in found] for table, found in rows.items()}
+    tables = {
+        table: [_complete(table, row, run) | {"run_id": run_id} for row in found] for table, found in rows.items()
+    }
     for table, found in tables.items():
         for row in found:
             if set(row) != set(COLUMNS[table]):
                 raise ValueError(f"{table} row has {sorted(set(row) ^ set(COLUMNS[table]))} too many or too few")
-    record = {"run_id": run_id, "run": run, "tables": tables, "pages": dict(pages or {})}
+    record = {"run_id": run_id, "run": run, "tables": tables}
     path = Path(run_dir) / "records" / f"{run_id}.json"
     if predictions or times:
         with whole_file(path.with_suffix(".npz")) as aside:
@@ -157,7 +120,7 @@ def accuracy_row(
 def size_row(
     arch: str, arm: str, runtime: str, parameters: int, weight_bytes: int, artifact_bytes: int
 ) -> dict[str, Any]:
-    """One row of size.csv."""
+    """One row of size.csv, less the recipe and seed, which `save_record` takes from the parameters of the run."""
     return {
         **{"arch": arch, "arm": arm, "runtime": runtime, "parameters": parameters},
         **{"weight_bytes": weight_bytes, "artifact_bytes": artifact_bytes},
@@ -208,25 +171,8 @@ def record_rows(run_dir: str, run_id: str, table: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["tables"].get(table, []) if path.exists() else []
 
 
-def prediction_key(arm: str, runtime: str, engine: str = "") -> str:
-    """Name of one array in a predictions file, for example ptq-eager-fbgemm."""
-    return "-".join(part for part in (arm, runtime, engine) if part)
-
-
-def times_key(row: Mapping[str, Any]) -> str:
-    """Name of the array of times behind one row of latency, for example ptq-eager-fbgemm-t2-b1.
-
-    Other sizes than 32 and other paces than hot are named, ...-i224-idle_10; and with random weights the arch, resnet18-...,
-    because a run of those times several.
-    """
-    key = f"{prediction_key(row['arm'], row['runtime'], row['engine'])}-t{row['threads']}-b{row['batch']}"
-    if (row["size"], row["pace"]) != (32, "hot"):
-        key += f"-i{row['size']}-{row['pace']}"
-    return f"{row['arch']}-{key}" if row["recipe"] == "random" else key
-
-
 def gather(run_dir: str, results: Path, keep: bool = False) -> None:
-    """Collect `run_dir`/records into `results`: a CSV for each table, runs.json, predictions/ (times, too), and pages for the book.
+    """Collect `run_dir`/records into `results`: a CSV for each table, runs.json and predictions/ (times, too).
 
     keep: leave what `results` has of other runs, so that a study which took several machines or days comes together.
     Rows are sorted, so the same records give the same files. Raises StudyError when there are no records, when one is
@@ -240,9 +186,9 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
     for path in paths:
         try:
             record = json.loads(path.read_text())
-            runs[record["run_id"]] = record["run"] | {"pages": record.get("pages", {})}
+            runs[record["run_id"]] = record["run"]
             for table, rows in record["tables"].items():
-                tables[table] += rows
+                tables[table] += [_complete(table, row, record["run"]) for row in rows]
         except (ValueError, KeyError) as error:
             raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
     if keep and (results / "runs.json").exists():
@@ -256,13 +202,6 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
         if path.with_suffix(".npz").exists():
             with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:
                 aside.write_bytes(path.with_suffix(".npz").read_bytes())
-    pages: dict[str, list[str]] = {}
-    for _, run in sorted(runs.items()):
-        for name, text in run["pages"].items():
-            pages.setdefault(name, []).append(text)
-    for name, texts in pages.items():  # runs that write the same page, of several models, follow each other in it
-        with whole_file(results / name) as aside:
-            aside.write_text("\n\n".join(texts) + "\n")
     for table, rows in tables.items():
         keys = [column for column in COLUMNS[table] if column not in ("accuracy", "median_ms")]
         frame = pd.DataFrame(rows, columns=COLUMNS[table]).sort_values(keys, kind="stable")
@@ -301,172 +240,24 @@ def _none_outdated(runs: Mapping[str, Any]) -> None:
 
 
 def read_results(results: Path) -> dict[str, pd.DataFrame]:
-    """Read the CSV files that `gather` wrote: table name -> frame. Raises StudyError when one is missing.
-
-    A number of MAY_BE_MISSING that is not there is NaN, also where the results are older than its column.
-    """
-    frames = {}
-    for table, columns in COLUMNS.items():
-        path = Path(results) / f"{table}.csv"
-        if not path.exists():
-            raise StudyError(f"{path} is missing; gather the records of a run first.")
-        frame = pd.read_csv(path, keep_default_na=False, na_values={column: [""] for column in MAY_BE_MISSING})
-        absent = [column for column in columns if column in MAY_BE_MISSING and column not in frame]
-        frames[table] = frame.assign(**dict.fromkeys(absent, np.nan))[columns]
-    return frames
+    """Read the CSV files that `gather` wrote: table name -> frame. Raises StudyError when one is missing, damaged or older."""
+    return dict(Results.open(results).tables)
 
 
-def open_results(run_dir: str, results: Path) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
-    """Gather the records of a run if it has any, and read its results: (tables, runs) as `read_results` and `read_runs`.
+def results_of(run_dir: str, parameters: Mapping[str, Any]) -> Path:
+    """The folder with the results of a run, gathered from its records; ResNet18 is timed now if nothing of it is there yet.
 
-    Without records the results are read as they are: a published book brings them along. Latencies get their `times`.
-    """
-    if (Path(run_dir) / "records").exists():
-        gather(run_dir, results)
-    tables = read_results(results)
-    return tables | {"latency": with_times(results, tables["latency"])}, read_runs(results)
-
-
-def open_timed(
-    run_dir: str, archs: list[str], parameters: Mapping[str, Any]
-) -> tuple[Path, dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
-    """Where the results of a run lie, and what `open_results` reads there; an arch that was not timed yet is timed now.
-
-    parameters: of the notebook that asks, for notebook 6. A published book, which has results only, is read as it is.
+    parameters: of the notebook that asks, for notebook 6. A published book, which has results only, is left as it is.
     """
     results, records = Path(run_dir) / "book" / "results", Path(run_dir) / "records"
-    if records.exists() or not (results / "runs.json").exists():
-        for arch in archs:
-            if not list(records.glob(f"06_benchmark-{arch}-*.json")):
-                record = records / f"{run_name('06_benchmark', arch, 'tuned', 0)}.json"
-                ensure(record, "06_benchmark", parameters, arch=arch)
-    return results, *open_results(run_dir, results)
-
-
-def superseded_trainings(results: Path, data_name: str, engine: str) -> dict[tuple[str, str, int], pd.Series]:
-    """Trainings in whose place `results` has another of the same seed: (arch, recipe, seed) -> accuracy of each arm in eager PyTorch.
-
-    `results`/superseded has their rows and runs.json: what they gave counts, though nothing of it can be timed any more.
-    Accuracies are in 0 to 1, on the copy of the data called `data_name`, of INT8 kernels of `engine`; {} where nothing was superseded.
-    """
-    path = Path(results) / "superseded" / "accuracy.csv"
-    if not path.exists():
-        return {}
-    rows = pd.read_csv(path, keep_default_na=False)
-    rows = rows[(rows.runtime == "eager") & (rows.data == data_name) & rows.engine.isin(["", engine])]
-    return {training: of.set_index("arm").accuracy for training, of in rows.groupby(["arch", "recipe", "seed"])}
-
-
-def what_was_timed(
-    latency: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]], archs: list[str]
-) -> tuple[str, str, int]:
-    """At what the rows of a study can be set side by side: (data, recipe, threads).
-
-    data: name of the one that the models were trained on. recipe: that most rows of `latency` were timed with. threads: the
-    largest count at which every one of `archs` was timed with it. Raises StudyError when the models were trained on
-    different data, and when an arch was timed on several machines, with other recipes only, or at other counts only.
-    """
-    data = sorted({run["data"]["name"] for run in runs.values() if run["notebook"] == "01_train"})
-    if len(data) != 1:
-        raise StudyError(
-            f"The models were trained on {' and '.join(data) or 'no data'}; keep the records of one data set."
-        )
-    recipe = str(latency.recipe.value_counts().index[0])
-    counts = []
-    for arch in archs:
-        of = latency[(latency.arch == arch) & (latency.recipe == recipe)]
-        if of.machine.nunique() != 1:
-            where = " and ".join(sorted(of.machine.unique())) or "no machine"
-            raise StudyError(f"{arch} with the recipe {recipe} was timed on {where}; keep the records of one.")
-        counts.append({int(count) for count in of.threads})
-    if not (common := set.intersection(*counts)):
-        each = "; ".join(f"{arch} {sorted(of)}" for arch, of in zip(archs, counts, strict=True))
-        raise StudyError(
-            f"No count of threads is common to all: {each}. Time them again (notebook 6) with one of them."
-        )
-    return data[0], recipe, max(common)
+    if not records.exists() and not (results / "runs.json").exists():
+        record = records / f"{run_name('06_benchmark', 'resnet18', 'tuned', 0)}.json"
+        ensure(record, "06_benchmark", parameters, arch="resnet18")
+    if records.exists():
+        gather(run_dir, results)
+    return results
 
 
 def read_runs(results: Path) -> dict[str, dict[str, Any]]:
     """Read runs.json: run_id -> how that run came to be."""
     return json.loads((Path(results) / "runs.json").read_text())
-
-
-def read_predictions(results: Path, run_id: str) -> dict[str, np.ndarray]:
-    """Read the predicted classes of one run, `prediction_key` -> uint8 [n], or its times, `times_key` -> float64 [rounds]."""
-    with np.load(Path(results) / "predictions" / f"{run_id}.npz") as stored:
-        return dict(stored)
-
-
-def with_times(results: Path, latency: pd.DataFrame) -> pd.DataFrame:
-    """Rows of latency.csv with the column `times`: ms of each round, float64 [rounds], paired within a run_id.
-
-    None where the results have no times: those of before times were kept.
-    """
-    kept = {
-        run_id: read_predictions(results, run_id) if (results / "predictions" / f"{run_id}.npz").exists() else {}
-        for run_id in latency.run_id.unique()
-    }
-    times = [kept[row["run_id"]].get(times_key(row)) for row in latency.to_dict("records")]
-    return latency.assign(times=pd.Series(times, latency.index, dtype=object))
-
-
-def right_answers(results: Path, rows: pd.DataFrame) -> dict[int, np.ndarray]:
-    """Which test images one arm got right: training seed -> bool [n], in the order of the test images.
-
-    rows: rows of accuracy.csv, one a seed, of one arm in one runtime.
-    """
-    right = {}
-    for row in rows.sort_values("seed").to_dict("records"):
-        predicted = read_predictions(results, row["run_id"])[prediction_key(row["arm"], row["runtime"], row["engine"])]
-        truth = read_predictions(results, run_name("01_train", row["arch"], row["recipe"], row["seed"]))["truth"]
-        right[row["seed"]] = predicted == truth
-    return right
-
-
-def answers_by(results: Path, rows: pd.DataFrame, keys: list[str]) -> dict[tuple, dict[int, np.ndarray]]:
-    """The `right_answers` of each arm in each runtime: values of `keys` -> training seed -> bool [n].
-
-    rows: rows of accuracy.csv. An arm that several runs scored with the same keys and seed counts as the first run_id scored it.
-    """
-    first = rows.sort_values("run_id", kind="stable").drop_duplicates([*keys, "seed"])
-    return {key: right_answers(results, group) for key, group in first.groupby(keys)}
-
-
-def counted(count: int, noun: str) -> str:
-    """How many of what, in words: 1 seed, 3 seeds."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def data_text(data: str) -> str:
-    """Which images, by the name that records give them, and what that forbids: stands wherever their accuracies do."""
-    text = f"Data: {data}."
-    if "cifar10" not in data:
-        text += " The reference study used CIFAR-10: its accuracies and ours do not compare here, only its ratios."
-    if "jpeg" in data:
-        text += " These images are a JPEG copy of CIFAR-10, not its original pixels."
-    return text
-
-
-def machines_text(timed: pd.DataFrame) -> str:
-    """Which machines timed these rows of latency.csv; of several, which architectures each of them."""
-    archs = timed.groupby("machine").arch.unique()
-    if len(archs) == 1:
-        return str(archs.index[0])
-    each = " and on ".join(f"{machine} ({', '.join(found)})" for machine, found in archs.items())
-    return f"{each}, whose times and ratios do not compare with each other's"
-
-
-def conditions_text(data: str, images: int, recipe: str, timed: pd.DataFrame) -> str:
-    """What a table of accuracy, latency and size was measured on, and how.
-
-    images: in the test split; timed: rows of latency.csv at one number of threads and one batch size, each architecture on one machine.
-    """
-    first, rounds = timed.iloc[0], " to ".join(str(count) for count in sorted({timed.rounds.min(), timed.rounds.max()}))
-    return (
-        f"{data_text(data)} {images} test images, recipe {recipe}. Latency: {first.threads} threads, batch {first.batch} unless said, "
-        f"median of {rounds} rounds in one process for each architecture, on {machines_text(timed)}; speed-up: over eager FP32. "
-        "Intervals: 95 %; of an accuracy over images and seeds, with one seed over the images only; of a speed-up over the "
-        "rounds of that one process: another start of it may give another ratio. "
-        "MB: the file that the runtime loads; for eager, the state dict of the converted model."
-    )

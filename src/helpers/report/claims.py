@@ -1,0 +1,824 @@
+"""What the study says it found, as sentences that a test can refute: each is checked on any results, and says what by.
+
+A sentence is typed by hand. A page that cites it puts `<!-- claim: id -->` after its own sentence, whose numbers must be the
+claim's (see `numbers_in` and `Verdict.knows`).
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from helpers.report.results import MARGIN, Difference, NotMeasured, Results, Row
+from helpers.report.schema import ARCH_LABELS, RANDOM
+from helpers.report.stats import SAME_WORK, Ratio, wilson_interval
+
+STATUSES = ("holds", "fails", "undecided", "not measured")
+POINTS, HALF_A_POINT = "points", 100 * MARGIN
+CHANCE = 0.1  # accuracy of guessing: all data have ten classes
+CITED = re.compile(r"<!--\s*claim:\s*([\w-]+)\s*-->")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One measured value behind a claim, with its 95 % interval and the records that it comes from."""
+
+    what: str
+    value: float
+    low: float
+    high: float
+    unit: str  # times, points, %, MB, ms or layers
+    status: str = "holds"  # what this value alone says of the claim; values for context always hold
+    n: int = 0  # images, or rounds of a timing; 0 where neither applies
+    seeds: int = 0
+    machine: str = ""  # of a latency
+    run_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the results say of a claim: fails if any of the evidence does, else undecided if any is, else holds."""
+
+    evidence: tuple[Evidence, ...]
+
+    @property
+    def status(self) -> str:
+        """One of STATUSES."""
+        said = {of.status for of in self.evidence}
+        return next((status for status in ("fails", "undecided", "holds") if status in said), "not measured")
+
+    @property
+    def deciding(self) -> Evidence | None:
+        """The value that decides: the first one with the claim's status."""
+        return next((of for of in self.evidence if of.status == self.status), None)
+
+    def knows(self, number: str) -> bool:
+        """Whether a number, as typed, is a value of the evidence, an end of its interval, its n or seeds, as rounded there."""
+        decimals = len(number.partition(".")[2])
+        values = [value for of in self.evidence for value in (of.value, of.low, of.high, of.n, of.seeds)]
+        return any(f"{abs(value):.{decimals}f}" == number.replace(",", "") for value in values if np.isfinite(value))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A finding: what it says, the numbers that name its conditions and bounds, and how it is checked."""
+
+    id: str
+    sentence: str
+    numbers: tuple[
+        str, ...
+    ]  # what a sentence on this claim may say beside the evidence: 95 of a CI, 64 of a batch, a bound
+    measure: Callable[[Results], Iterable[Evidence]]
+
+    def check(self, results: Results) -> Verdict:
+        """What `results` say; without evidence where a record is missing."""
+        try:
+            return Verdict(tuple(self.measure(results)))
+        except NotMeasured:
+            return Verdict(())
+
+
+def check(results: Results) -> pd.DataFrame:
+    """A line for each claim: status, and the value that decides it with its interval, n, seeds, machine, run_ids and commit."""
+    lines = []
+    for claim in CLAIMS:
+        verdict = claim.check(results)
+        of = verdict.deciding
+        line: dict[str, Any] = {"id": claim.id, "sentence": claim.sentence, "status": verdict.status}
+        lines.append(line | (_line(of, results) if of else {}))
+    columns = "id sentence status what value low high unit n seeds machine run_ids commit".split()
+    return pd.DataFrame(lines, columns=columns).fillna(
+        {"what": "", "unit": "", "machine": "", "run_ids": "", "commit": ""}
+    )
+
+
+def evidence(results: Results) -> pd.DataFrame:
+    """A line for each value behind each claim."""
+    return pd.DataFrame(
+        {"id": claim.id, "status": of.status} | _line(of, results)
+        for claim in CLAIMS
+        for of in claim.check(results).evidence
+    )
+
+
+def _line(of: Evidence, results: Results) -> dict[str, Any]:
+    commits = dict.fromkeys(results.runs[run_id]["commit"][:12] for run_id in of.run_ids if run_id in results.runs)
+    line = {key: getattr(of, key) for key in ("what", "value", "low", "high", "unit", "n", "seeds", "machine")}
+    return line | {"run_ids": " ".join(of.run_ids), "commit": " ".join(commits)}
+
+
+def cited_in(text: str) -> list[tuple[str, list[str]]]:
+    """The sentences of a page that cite claims, each with the ids of all marks that follow it."""
+    found: list[tuple[str, list[str]]] = []
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*[-*|] )", text):
+        parts = re.split(CITED, paragraph)
+        for before, mark in zip(parts[::2], parts[1::2], strict=False):
+            sentences = [part for part in re.split(r"(?<=[.!?:])\s+", before) if re.search(r"\w", part)]
+            if sentences:
+                found.append((" ".join(sentences[-1].split()), [mark]))
+            elif found:
+                found[-1][1].append(mark)
+    return found
+
+
+def numbers_in(sentence: str) -> list[str]:
+    """The numbers of a sentence as typed, without sign and `x`; not those in names (INT8, ResNet18), sizes (32x32), links and code."""
+    text = re.sub(r"<!--.*?-->|`[^`]*`|\]\([^)]*\)|\d+x\d+", " ", sentence)
+    text = re.sub(r"\b[A-Za-z_]+[\w-]*\d\w*", " ", text)
+    return re.findall(r"\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?", text)
+
+
+# How a value decides.
+
+
+def _within(low: float, high: float, least: float = -np.inf, most: float = np.inf) -> str:
+    """holds if the interval lies between the bounds, fails if it lies outside, else undecided."""
+    if least < low and high < most:
+        return "holds"
+    return "fails" if high <= least or low >= most else "undecided"
+
+
+def _label(arch: str) -> str:
+    return ARCH_LABELS.get(arch, arch)
+
+
+def _archs(results: Results, one: Callable[[str], Iterable[Evidence]], archs: Iterable[str] = ()) -> list[Evidence]:
+    """The evidence of every architecture that has it. Raises NotMeasured when none has."""
+    found: list[Evidence] = []
+    for arch in archs or results.archs:
+        try:
+            found += one(arch)
+        except NotMeasured:
+            continue
+    if not found:
+        raise NotMeasured("no architecture has this")
+    return found
+
+
+def _speed(
+    results: Results, a: Row, b: Row, what: str, least: float = -np.inf, most: float = np.inf, **conditions: Any
+) -> Evidence:
+    """How many times faster `a` is than `b`."""
+    first, second = results.timing(a, **conditions), results.timing(b, **conditions)
+    ratio: Ratio = results.faster(first, second)
+    status = _within(ratio.low, ratio.high, least, most)
+    return Evidence(
+        *(f"{_label(a['arch'])}: {what}", ratio.times, ratio.low, ratio.high, "times", status, first["rounds"], 1),
+        *(first["machine"], (first["run_id"],)),
+    )
+
+
+def _change(
+    results: Results, a: Row, b: Row, what: str, judge: Callable[[Difference], str], seeds: Sequence[int] = ()
+) -> Evidence:
+    """Accuracy of `a` minus that of `b`."""
+    found = results.compare(a, b, seeds)
+    common = results.answers(a).keys() & results.answers(b).keys()
+    used = [seed for seed in sorted(common) if not seeds or seed in seeds]
+    run_ids = dict.fromkeys(results.score(row)["run_of"][seed] for row in (a, b) for seed in used)
+    name = f"{_label(a['arch'])}: {what}"
+    return Evidence(
+        name, found.points, found.low, found.high, POINTS, judge(found), found.n, found.seeds, "", (*run_ids,)
+    )
+
+
+def _accuracy(results: Results, row: Row, what: str) -> Evidence:
+    """The accuracy of a row, in percent, for context."""
+    score = results.score(row)
+    percent = [100 * score[key] for key in ("accuracy", "low", "high")]
+    name = f"{_label(row['arch'])}: {what}"
+    return Evidence(name, *percent, "%", "holds", score["n"], score["seeds"], "", score["run_ids"])
+
+
+def _loses_at_most(points: float) -> Callable[[Difference], str]:
+    return lambda found: _within(found.low, found.high, least=-points)
+
+
+def _equal(found: Difference) -> str:
+    """Two one-sided tests at 5 %: within half a point."""
+    if found.equal:
+        return "holds"
+    return "fails" if found.low > HALF_A_POINT or found.high < -HALF_A_POINT else "undecided"
+
+
+def _not_better(found: Difference) -> str:
+    """Fails if the first is shown to be better; undecided where a point either way cannot be told."""
+    if found.verdict == "better":
+        return "fails"
+    return "holds" if found.high < 1 else "undecided"
+
+
+EAGER, OPENVINO, NNCF = ("fp32", "eager"), ("fp32", "openvino"), ("ptq_nncf", "openvino")
+
+
+def _speeds(
+    a: tuple[str, str], b: tuple[str, str], what: str, least: float = -np.inf, most: float = np.inf,
+    archs: tuple[str, ...] = (), **conditions: Any,
+) -> Callable[[Results], list[Evidence]]:  # fmt: skip
+    """A check of how many times faster one row of each architecture is than another."""
+    return lambda results: _archs(
+        results,
+        lambda arch: [_speed(results, results.row(arch, *a), results.row(arch, *b), what, least, most, **conditions)],
+        archs,
+    )
+
+
+# The checks that are about more than one ratio or difference.
+
+
+def _batch_64(results: Results, a: tuple[str, str], b: tuple[str, str], what: str, grows: bool) -> list[Evidence]:
+    """Whether a speed-up is larger, or smaller, at batch 64 than one image at a time."""
+
+    def one(arch: str) -> list[Evidence]:
+        rows = results.row(arch, *a), results.row(arch, *b)
+        alone = _speed(results, *rows, f"{what}, one image a call", batch=1)
+        many = _speed(results, *rows, f"{what}, batch 64", batch=64)
+        bounds = {"least": alone.high} if grows else {"most": alone.low}
+        return [_with(many, _within(many.low, many.high, **bounds)), alone]
+
+    return _archs(results, one)
+
+
+def _with(of: Evidence, status: str) -> Evidence:
+    return Evidence(**{**of.__dict__, "status": status})
+
+
+def _nncf_cost(results: Results) -> list[Evidence]:
+    def one(arch: str) -> list[Evidence]:
+        row = results.row(arch, *NNCF)
+        seeds = results.shared_seeds.get(arch, [])
+        return [
+            _change(results, row, results.control(row), "INT8 (NNCF) minus FP32", _loses_at_most(HALF_A_POINT), seeds)
+        ]
+
+    return _archs(results, one)
+
+
+def _nncf_seeds(results: Results) -> list[Evidence]:
+    row = results.row("resnet18", *NNCF)
+    found = _change(results, row, results.control(row), "INT8 (NNCF) minus FP32", _equal)
+    if found.seeds < 2:
+        raise NotMeasured("one training only")
+    return [found]
+
+
+def _qat(results: Results) -> list[Evidence]:
+    """QAT minus PTQ of FP32 trained as long in eager PyTorch, the best for QAT first; and in other trainings of a seed."""
+    found, superseded = [], []
+    models = results.scores[results.scores.arm == "qat"][["arch", "recipe"]].drop_duplicates()
+    for arch, recipe in models.itertuples(index=False):
+        pair = [results.row(arch, arm, "eager", recipe) for arm in ("qat", "ptq_longer")]
+        what = f"{recipe}, QAT minus PTQ of FP32 trained as long"
+        found.append(_change(results, *pair, what, _not_better))
+        superseded += _superseded(results, arch, recipe, "qat", "ptq_longer", what, least=-np.inf)
+    # A model that cannot tell does not undo what another one says.
+    if any(of.status == "holds" for of in found):
+        found = [_with(of, "holds") if of.status == "undecided" else of for of in found]
+    return sorted(found, key=lambda of: -of.high) + superseded
+
+
+def _longer_training(results: Results) -> list[Evidence]:
+    def row(arm: str) -> Row:
+        return results.row("resnet18", arm, "eager", "as_run")
+
+    theirs, longer, ptq, fp32 = (row(arm) for arm in ("qat_observer_only", "fp32_longer", "ptq_longer", "fp32"))
+    context: Callable[[Difference], str] = lambda _: "holds"  # noqa: E731
+    return [
+        _change(results, theirs, ptq, 'their "QAT" minus PTQ of FP32 trained as long', _equal),
+        _change(results, theirs, fp32, 'their "QAT" minus the FP32 it started from', context),
+        _change(results, longer, fp32, "FP32 trained as long minus the same", context),
+    ]
+
+
+def _collapse(results: Results) -> list[Evidence]:
+    fp32, default = (results.row("resnet50", arm, "eager") for arm in ("fp32", "ptq_default"))
+    before = results.score(fp32)["accuracy"]
+    half = 100 * (before - CHANCE) / 2
+    lost = _change(
+        results, default, fp32, "default observers minus FP32", lambda of: _within(of.low, of.high, most=-half)
+    )
+    return [lost, _accuracy(results, default, "default observers"), _accuracy(results, fp32, "FP32")]
+
+
+def _others_hold(results: Results) -> list[Evidence]:
+    def one(arch: str) -> list[Evidence]:
+        default, fp32 = (results.row(arch, arm, "eager") for arm in ("ptq_default", "fp32"))
+        what = "default observers minus FP32"
+        return [
+            _change(results, default, fp32, what, _loses_at_most(1)),
+            *_superseded(results, arch, results.recipe, "ptq_default", "fp32", what, least=-1),
+        ]
+
+    return _archs(results, one, ("resnet18", "resnet34"))
+
+
+def _superseded(results: Results, arch: str, recipe: str, a: str, b: str, what: str, least: float) -> list[Evidence]:
+    """The difference of two arms in eager PyTorch in other trainings of a seed, of which only accuracies were kept."""
+    of = results.tables["accuracy"]
+    of = of[(of.training > 0) & (of.arch == arch) & (of.recipe == recipe) & (of.data == results.data)]
+    of = of[(of.runtime == "eager") & of.arm.isin([a, b])]
+    found = []
+    for _, rows in of.groupby(["seed", "training"]):
+        if {*rows.arm} == {a, b}:
+            percent = 100 * rows.groupby("arm").accuracy.first()
+            change = percent[a] - percent[b]
+            name = f"{_label(arch)}: {what}, another training"
+            status = _within(change, change, least)
+            found.append(
+                Evidence(name, change, np.nan, np.nan, POINTS, status, int(rows.n.min()), 1, "", (*rows.run_id,))
+            )
+    return found
+
+
+def _robust(results: Results) -> list[Evidence]:
+    row, fp32 = (results.row("resnet50", arm, "eager") for arm in ("ptq", "fp32"))
+    kept = _change(
+        results, row, fp32, "without the most extreme 5 % of images, minus FP32", _loses_at_most(HALF_A_POINT)
+    )
+    return [kept, _accuracy(results, row, "without the most extreme 5 % of images")]
+
+
+def _more_images(results: Results) -> list[Evidence]:
+    """Default observers by the number of calibration images: all draws of the most below all of the fewest, by 10 points."""
+    of = results.tables["calibration"]
+    of = of[(of.arch == "resnet50") & (of.observer == "histogram") & (of.weights == "per_channel")]
+    if of.images.nunique() < 2:
+        raise NotMeasured("resnet50 was not calibrated with several numbers of images")
+    few, many = (100 * of.accuracy[of.images == images] for images in (of.images.min(), of.images.max()))
+    status = "holds" if many.max() < few.min() - 10 else "fails" if many.min() > few.max() - 10 else "undecided"
+    rest = (int(of.n.min()), of.seed.nunique(), "", tuple(of.run_id.unique()))
+    return [
+        Evidence(
+            f"ResNet50: {of.images.max()} calibration images", many.mean(), many.min(), many.max(), "%", status, *rest
+        ),
+        Evidence(
+            f"ResNet50: {of.images.min()} calibration images", few.mean(), few.min(), few.max(), "%", "holds", *rest
+        ),
+    ]
+
+
+def _cause(results: Results) -> list[Evidence]:
+    """What the ranges of a collapsed ResNet50 do to a healthy one, and the healthy one's to it; and extreme images."""
+    of = results.tables["diagnosis"]
+    tests = of[of.check.str.startswith("test, ")]
+    if tests.empty:
+        raise NotMeasured("the cause was not looked for")
+    wide = tests.pivot_table(index="setting", columns="check", values="value")
+    n, run_ids = int(tests.n.min()), tuple(tests.run_id.unique())
+    found = []
+    for setting in ("ranges taken away", "ranges given", "images taken away"):
+        value, low, high = wide.loc[setting, ["test, points", "test, low", "test, high"]]
+        found.append(
+            Evidence(f"ResNet50: {setting}", value, low, high, POINTS, _within(low, high, 0), n, 1, "", run_ids)
+        )
+    return found
+
+
+def _ort_resnet50(results: Results) -> list[Evidence]:
+    row = results.row("resnet50", "ptq_ort", "onnxruntime")
+    lost = _change(
+        results,
+        row,
+        results.control(row),
+        "ONNX Runtime's default INT8 minus FP32",
+        lambda of: _within(of.low, of.high, most=-10),
+    )
+    return [lost, _accuracy(results, row, "ONNX Runtime's default INT8")]
+
+
+def _pt2e_resnet50(results: Results) -> list[Evidence]:
+    found = []
+    for runtime in ("openvino", "inductor", "aotinductor", "onnxruntime"):
+        row = results.row("resnet50", "ptq_pt2e", runtime)
+        try:
+            found.append(
+                _change(
+                    results,
+                    row,
+                    results.control(row),
+                    f"INT8 (PT2E) in {runtime} minus FP32",
+                    lambda of: _within(of.low, of.high, most=-1),
+                )
+            )
+        except NotMeasured:
+            continue
+    return found
+
+
+def _trimming_exact(results: Results) -> list[Evidence]:
+    """Images that get another class from the trimmed FP32 model than from the whole one, in percent."""
+
+    def one(arch: str) -> list[Evidence]:
+        found = []
+        for runtime in ("eager", "torchscript", "onnxruntime", "openvino"):
+            cut, whole = (results.row(arch, arm, runtime) for arm in ("fp32_trimmed", "fp32"))
+            try:
+                a, b = results.classes(cut), results.classes(whole)
+            except NotMeasured:
+                continue
+            for seed in a.keys() & b.keys():
+                other, n = int((a[seed] != b[seed]).sum()), len(a[seed])
+                ends = [100 * end for end in wilson_interval(other, n)]
+                run_ids = tuple(results.score(row)["run_of"][seed] for row in (cut, whole))
+                what = f"{_label(arch)}: another class when trimmed, {runtime}"
+                found.append(
+                    Evidence(what, 100 * other / n, *ends, "%", "fails" if other else "holds", n, 1, "", run_ids)
+                )
+        return found
+
+    return _archs(results, one)
+
+
+def _trimming_bytes(results: Results) -> list[Evidence]:
+    size = results.tables["size"]
+    size = size[size.runtime == "openvino"].drop_duplicates(["arch", "arm"]).set_index(["arch", "arm"])
+
+    def one(arch: str) -> list[Evidence]:
+        if not {(arch, "ptq_nncf"), (arch, "trimmed_ptq_nncf")} <= {*size.index}:
+            raise NotMeasured(f"{arch} was not trimmed")
+        whole, cut = (size.loc[(arch, arm)] for arm in ("ptq_nncf", "trimmed_ptq_nncf"))
+        before, after = whole.artifact_bytes / 1e6, cut.artifact_bytes / 1e6
+        saved = 100 * (1 - after / before)
+        return [
+            Evidence(
+                f"{_label(arch)}: saved", saved, np.nan, np.nan, "%", _within(saved, saved, 10), run_ids=(cut.run_id,)
+            ),
+            Evidence(f"{_label(arch)}: trimmed", after, np.nan, np.nan, "MB", run_ids=(cut.run_id,)),
+            Evidence(f"{_label(arch)}: whole", before, np.nan, np.nan, "MB", run_ids=(whole.run_id,)),
+        ]
+
+    return _archs(results, one)
+
+
+def _elsewhere(results: Results) -> list[tuple[str, str]]:
+    """(run_id, machine) of benchmarks of ResNet18 on other machines. Raises NotMeasured without."""
+    of = results.tables["latency"]
+    of = of[(of.arch == "resnet18") & (of.recipe == results.recipe) & (of.machine != results.machine)]
+    if of.empty:
+        raise NotMeasured("ResNet18 was timed on one machine only")
+    return [*of[["run_id", "machine"]].drop_duplicates().itertuples(index=False, name=None)]
+
+
+def _trimming_elsewhere(results: Results) -> list[Evidence]:
+    cut, whole = (results.row("resnet18", arm, "openvino") for arm in ("trimmed_ptq_nncf", "ptq_nncf"))
+    found = []
+    for run_id, _ in _elsewhere(results):
+        of = _speed(results, cut, whole, "INT8 (NNCF), trimmed, over INT8 (NNCF)", run_id=run_id)
+        found.append(_with(of, "fails" if of.low > SAME_WORK else "holds"))
+    return found
+
+
+def _machines(results: Results) -> list[Evidence]:
+    """INT8 (NNCF) in OpenVINO over eager PyTorch on each machine: the largest more than twice the smallest."""
+    rows = results.row("resnet18", *NNCF), results.row("resnet18", *EAGER)
+    here = _speed(results, *rows, "INT8 (NNCF) over eager FP32")
+    there = [_speed(results, *rows, "INT8 (NNCF) over eager FP32", run_id=run_id) for run_id, _ in _elsewhere(results)]
+    first, *rest = sorted([here, *there], key=lambda of: -of.value)
+    return [_with(first, _within(first.low, first.high, least=2 * rest[-1].high)), *rest]
+
+
+def _x86_engine(results: Results) -> list[Evidence]:
+    """A call of one image by PyTorch's x86 engine in TorchScript: after a batch of 64 came first, over after one image did."""
+    of = results.tables["profile"]
+    of = of[(of.check == "first shape: ms") & (of.engine == "x86") & (of.threads == of.threads.max()) & (of.batch == 1)]
+
+    def one(arch: str) -> list[Evidence]:
+        mine = of[of.arch == arch]
+        alone = mine[mine.setting.str.startswith("first batch 1, pass")].value
+        after = mine[mine.setting.str.match(r"first batch (?!1,)\d+, pass")].value
+        if alone.empty or after.empty:
+            raise NotMeasured(f"{arch} was not called with two batch sizes")
+        low, high = after.min() / alone.max(), after.max() / alone.min()
+        status = _within(low, high, least=SAME_WORK)
+        run_ids = tuple(mine.run_id.unique())
+        machine = results.runs[run_ids[0]]["cpu"] if run_ids[0] in results.runs else ""
+        return [Evidence(f"{_label(arch)}: ms after another batch size over ms before", after.mean() / alone.mean(), low, high, "times", status, 0, 1, machine, run_ids)]  # fmt: skip
+
+    return _archs(results, one)
+
+
+def _flips(results: Results) -> list[Evidence]:
+    """Images that change class in INT8 against the change of accuracy."""
+    of = results.tables["diagnosis"]
+    of = of[of.check == "flips"].set_index(["arch", "setting"])
+    found = []
+    for arch, setting in of.index:
+        arm, _, what = setting.partition(" ")
+        if what != "changed" or arm not in ("ptq", "ptq_longer"):
+            continue
+        row = of.loc[(arch, setting)]
+        changed = [100 * share for share in (row.value, *wilson_interval(round(row.value * row.n), int(row.n)))]
+        net = 100 * abs(of.value[arch, f"{arm} wrong to right"] - of.value[arch, f"{arm} right to wrong"])
+        rest = (int(row.n), 1, "", (row.run_id,))
+        found.append(
+            Evidence(
+                f"{_label(arch)}: {arm}, images that change class",
+                *changed,
+                "%",
+                _within(changed[1], changed[2], net),
+                *rest,
+            )
+        )
+        found.append(
+            Evidence(f"{_label(arch)}: {arm}, change of accuracy", net, np.nan, np.nan, POINTS, "holds", *rest)
+        )
+    if not found:
+        raise NotMeasured("answers were not compared image by image")
+    return found
+
+
+def _bit_widths(results: Results) -> list[Evidence]:
+    found = []
+    for width in ("w8a8", "w4a8", "w4a4"):
+        for arm in ("ptq_longer", "ptq_longer_default"):
+            pair = (results.row("resnet18", f"{of}_{width}", "simulated") for of in ("qat", arm))
+            found.append(_change(results, *pair, f"{width.upper()}, QAT minus {arm}", _not_better))
+    return found
+
+
+def _int8_layers(results: Results) -> list[Evidence]:
+    """Convolutions that OpenVINO ran in INT8, of all, in NNCF's file."""
+    of = results.tables["profile"]
+    of = of[(of.check == "executed layers") & (of.arm == "ptq_nncf") & of.setting.str.startswith("convolution")]
+
+    def one(arch: str) -> list[Evidence]:
+        mine = of[of.arch == arch].sort_values("run_id")
+        mine = mine[mine.run_id == mine.run_id.min()]
+        if mine.empty:
+            raise NotMeasured(f"{arch}: its layers were not listed")
+        int8, every = mine.value[mine.setting == "convolution, int8"].sum(), mine.value.sum()
+        status = "holds" if int8 == every else "fails"
+        return [Evidence(f"{_label(arch)}: convolutions in INT8", int8, np.nan, np.nan, "layers", status, int(every), 1, "", tuple(mine.run_id.unique()))]  # fmt: skip
+
+    return _archs(results, one)
+
+
+def _ort_layers(results: Results) -> list[Evidence]:
+    of = results.tables["profile"]
+    of = of[(of.check == "convolutions in INT8") & (of.arm == "ptq_ort")]
+    if of.empty:
+        raise NotMeasured("ONNX Runtime's layers were not listed")
+    found = []
+    for row in of.to_dict("records"):
+        every = int(row["setting"].removeprefix("of "))
+        status = "holds" if row["value"] < every else "fails"
+        found.append(Evidence(f"{_label(row['arch'])}: convolutions in INT8", row["value"], np.nan, np.nan, "layers", status, every, 1, "", (row["run_id"],)))  # fmt: skip
+    return found
+
+
+# Larger images and calls that come alone: one process with random weights.
+
+
+def _carried(
+    results: Results, arch: str, a: tuple[str, str], b: tuple[str, str], what: str, **conditions: Any
+) -> Evidence:
+    """A ratio of the process that timed random weights, one image a call, at its largest number of threads."""
+    of = results.tables["latency"]
+    of = of[(of.recipe == RANDOM) & (of.arch == arch)]
+    if of.empty:
+        raise NotMeasured(f"{arch} was not timed at other sizes")
+    process = {"run_id": of.run_id.iloc[0], "threads": int(of.threads.max()), "batch": 1}
+    rows = (results.row(arch, arm, runtime, RANDOM) for arm, runtime in (a, b))
+    pace = {"hot": "hot", "idle_10": "after 10 ms of rest", "idle_100": "after 100 ms of rest"}[conditions["pace"]]
+    name = f"{what}, {conditions['size']}x{conditions['size']}, {pace}"
+    return _speed(results, *rows, name, **process, **conditions)
+
+
+CARRIED = ("resnet18", "resnet50")
+HOT, RESTED = {"pace": "hot"}, {"pace": "idle_10"}
+
+
+def _carry(
+    a: tuple[str, str], b: tuple[str, str], what: str, size: int, pace: Mapping[str, str], least: float = -np.inf, most: float = np.inf
+) -> Callable[[Results], list[Evidence]]:  # fmt: skip
+    """A check of a ratio at one size and pace against bounds."""
+
+    def one(results: Results, arch: str) -> list[Evidence]:
+        of = _carried(results, arch, a, b, what, size=size, **pace)
+        return [_with(of, _within(of.low, of.high, least, most))]
+
+    return lambda results: _archs(results, lambda arch: one(results, arch), CARRIED)
+
+
+def _less(
+    a: tuple[str, str], b: tuple[str, str], what: str, then: Mapping[str, Any], now: Mapping[str, Any], archs: tuple[str, ...] = CARRIED
+) -> Callable[[Results], list[Evidence]]:  # fmt: skip
+    """A check that a ratio is smaller under the conditions `now` than under `then`."""
+
+    def one(results: Results, arch: str) -> list[Evidence]:
+        before, after = (_carried(results, arch, a, b, what, **of) for of in (then, now))
+        return [_with(after, _within(after.low, after.high, most=before.low)), before]
+
+    return lambda results: _archs(results, lambda arch: one(results, arch), archs)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        "runtime-alone",
+        "OpenVINO runs the FP32 models more than 3x faster than eager PyTorch: 32x32, one image a call, hot loop.",
+        ("3", "2"),
+        _speeds(OPENVINO, EAGER, "OpenVINO FP32 over eager FP32", least=3),
+    ),
+    Claim(
+        "int8-total",
+        "INT8 by NNCF in OpenVINO is more than 5x faster than eager PyTorch: 32x32, one image a call, hot loop.",
+        ("5", "2"),
+        _speeds(NNCF, EAGER, "INT8 (NNCF) over eager FP32", least=5),
+    ),
+    Claim(
+        "int8-adds",
+        "In OpenVINO, INT8 by NNCF is more than 1.3x faster than FP32: 32x32, one image a call, hot loop.",
+        ("1.3", "2"),
+        _speeds(NNCF, OPENVINO, "INT8 (NNCF) over OpenVINO FP32", least=1.3),
+    ),
+    Claim(
+        "batch-64-runtime",
+        "The runtime alone gives less in batches of 64 than with one image a call.",
+        ("64", "2"),
+        lambda results: _batch_64(results, OPENVINO, EAGER, "OpenVINO FP32 over eager FP32", grows=False),
+    ),
+    Claim(
+        "batch-64-int8",
+        "In OpenVINO, INT8 gives more over FP32 in batches of 64 than with one image a call.",
+        ("64", "2"),
+        lambda results: _batch_64(results, NNCF, OPENVINO, "INT8 (NNCF) over OpenVINO FP32", grows=True),
+    ),
+    Claim(
+        "int8-layers",
+        "OpenVINO runs every convolution of NNCF's file in INT8.",
+        (),
+        _int8_layers,
+    ),
+    Claim(
+        "int8-cost",
+        "INT8 by NNCF loses at most half a point (95 % CI) in the trainings that were timed.",
+        ("95", "0.5"),
+        _nncf_cost,
+    ),
+    Claim(
+        "int8-cost-seeds",
+        "Over several trainings of ResNet18, INT8 by NNCF is equal to FP32 within half a point (two one-sided tests at 5 %).",
+        ("5", "0.5", "95"),
+        _nncf_seeds,
+    ),
+    Claim(
+        "qat",
+        "QAT in eager PyTorch is not shown to beat PTQ of an FP32 model that trained as long, in any model.",
+        ("0.5",),
+        _qat,
+    ),
+    Claim(
+        "longer-training",
+        "Longer training explains the reference study's gain: with its recipe, its QAT equals PTQ of ResNet18 trained as long, "
+        "within half a point.",
+        ("0.5",),
+        _longer_training,
+    ),
+    Claim(
+        "collapse",
+        "PyTorch's default observers collapse ResNet50: it loses more than half of its accuracy above chance.",
+        ("10",),
+        _collapse,
+    ),
+    Claim(
+        "collapse-others",
+        "With the same observers ResNet18 and ResNet34 lose less than 1 point.",
+        ("1",),
+        _others_hold,
+    ),
+    Claim(
+        "more-images",
+        "More calibration images make ResNet50's default observers worse, by more than 10 points.",
+        ("10", "16", "2048", "2,048"),
+        _more_images,
+    ),
+    Claim(
+        "robust-observers",
+        "Ignoring the most extreme 5 % of calibration images, ResNet50 loses at most half a point (95 % CI).",
+        ("5", "95", "0.5"),
+        _robust,
+    ),
+    Claim(
+        "cause",
+        "Wide activation ranges cause the collapse: narrower ranges heal a collapsed ResNet50, its ranges break a healthy one.",
+        ("25", "512"),
+        _cause,
+    ),
+    Claim(
+        "ort-default-slow",
+        "ONNX Runtime's default static quantization is slower than its own FP32: 32x32, one image a call.",
+        ("2",),
+        _speeds(("ptq_ort", "onnxruntime"), ("fp32", "onnxruntime"), "ONNX Runtime's default INT8 over its FP32", most=1),
+    ),
+    Claim(
+        "ort-default-layers",
+        "ONNX Runtime's default leaves some convolutions in FP32.",
+        (),
+        _ort_layers,
+    ),
+    Claim(
+        "ort-default-resnet50",
+        "ONNX Runtime's default static quantization loses more than 10 points on ResNet50.",
+        ("10",),
+        _ort_resnet50,
+    ),
+    Claim(
+        "pt2e-resnet50",
+        "PT2E's PTQ loses more than 1 point on ResNet50, in every runtime.",
+        ("1",),
+        _pt2e_resnet50,
+    ),
+    Claim(
+        "pt2e-inductor",
+        "In Inductor, INT8 by PT2E is less than 1.2x faster than FP32 on ResNet18: 32x32, one image a call.",
+        ("1.2", "2"),
+        _speeds(("ptq_pt2e", "inductor"), ("fp32", "inductor"), "INT8 (PT2E) over FP32 in Inductor", most=1.2, archs=("resnet18",)),
+    ),
+    Claim(
+        "trimming-exact",
+        "Trimming changes no answer of the FP32 models.",
+        ("32",),
+        _trimming_exact,
+    ),
+    Claim(
+        "trimming-bytes",
+        "Trimming saves more than 10 % of the bytes of NNCF's INT8 file.",
+        ("10",),
+        _trimming_bytes,
+    ),
+    Claim(
+        "trimming-ms",
+        "Trimming makes NNCF's INT8 of ResNet18 more than 1.1x faster in OpenVINO: 32x32, one image a call, hot loop.",
+        ("1.1", "2"),
+        _speeds(("trimmed_ptq_nncf", "openvino"), NNCF, "INT8 (NNCF), trimmed, over INT8 (NNCF)", least=SAME_WORK, archs=("resnet18",)),
+    ),
+    Claim(
+        "trimming-elsewhere",
+        "On neither of the other machines was trimming shown to make NNCF's INT8 of ResNet18 faster.",
+        ("1.1", "2"),
+        _trimming_elsewhere,
+    ),
+    Claim(
+        "machines",
+        "The same INT8 path of ResNet18 gains more than twice as much on one machine as on another.",
+        ("2",),
+        _machines,
+    ),
+    Claim(
+        "x86-engine",
+        "PyTorch's x86 engine in TorchScript answers one image slower after another batch size came first.",
+        ("64", "2"),
+        _x86_engine,
+    ),
+    Claim(
+        "flips",
+        "PTQ in eager PyTorch moves more images of ResNet18 to another class than its accuracy shows.",
+        (),
+        _flips,
+    ),
+    Claim(
+        "bit-widths",
+        "QAT is not shown to beat PTQ of an equally trained ResNet18 at 8 or 4 bits, simulated, in one training.",
+        ("8", "4"),
+        _bit_widths,
+    ),
+    Claim(
+        "carry-size",
+        "INT8's speed-up over eager PyTorch is smaller at 224x224 than at 32x32, in a hot loop.",
+        ("1", "2"),
+        _less(NNCF, EAGER, "INT8 (NNCF) over eager FP32", {"size": 32, **HOT}, {"size": 224, **HOT}),
+    ),
+    Claim(
+        "carry-224",
+        "At 224x224, INT8 by NNCF in OpenVINO is more than 2.5x faster than eager PyTorch, one image a call.",
+        ("2.5", "1", "2"),
+        _carry(NNCF, EAGER, "INT8 (NNCF) over eager FP32", 224, HOT, least=2.5),
+    ),
+    Claim(
+        "carry-224-int8",
+        "At 224x224, INT8 by NNCF is more than 1.3x faster than FP32 in OpenVINO, one image a call.",
+        ("1.3", "1", "2"),
+        _carry(NNCF, OPENVINO, "INT8 (NNCF) over OpenVINO FP32", 224, HOT, least=1.3),
+    ),
+    Claim(
+        "carry-rest",
+        "At 32x32, INT8's speed-up of ResNet18 over eager PyTorch is smaller when each call comes after 10 ms of rest.",
+        ("10", "1", "2"),
+        _less(NNCF, EAGER, "INT8 (NNCF) over eager FP32", {"size": 32, **HOT}, {"size": 32, **RESTED}, ("resnet18",)),
+    ),
+    Claim(
+        "carry-rest-224",
+        "At 224x224, INT8 by NNCF is more than 2.5x faster than eager PyTorch after 10 ms of rest, too.",
+        ("10", "2.5", "1", "2"),
+        _carry(NNCF, EAGER, "INT8 (NNCF) over eager FP32", 224, RESTED, least=2.5),
+    ),
+    Claim(
+        "ort-u8",
+        "With unsigned activations, ONNX Runtime's INT8 is more than 1.3x faster than its FP32 at 224x224, one image a call.",
+        ("1.3", "8", "1", "2"),
+        _carry(("ptq_ort_u8", "onnxruntime"), ("fp32", "onnxruntime"), "INT8 (U8 activations) over FP32 in ONNX Runtime", 224, HOT, least=1.3),
+    ),
+)  # fmt: skip
