@@ -5,6 +5,7 @@ from helpers.report.stats import (
     accuracy_interval,
     difference_interval,
     expected_calibration_error,
+    holm,
     mcnemar_exact,
     on_common_seeds,
     paired_bootstrap,
@@ -183,3 +184,8 @@ def test_expected_calibration_error_by_hand():
         expected_calibration_error(np.array([1.2]), np.array([True]))
     with pytest.raises(ValueError, match="shapes"):
         expected_calibration_error(confidence, correct[:2])
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.04 times 3, 2, 1: 0.03, 0.04, 0.04, and none below the one before it.
+    assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04]) and holm([0.9, 0.8])[0] == 1

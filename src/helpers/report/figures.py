@@ -5,6 +5,7 @@ Of what was not measured there is no figure: None.
 
 from textwrap import fill
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -21,9 +22,16 @@ WIDTH = 5.5  # inches
 MARKERS = "osD^vPX*"
 
 
+def _figure(width: float, height: float) -> Figure:
+    """A figure that a notebook shows once, as what a cell returns: pyplot, which would show it again, has let go of it."""
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    plt.close(figure)
+    return figure
+
+
 def _panels(names: list[str], height: float) -> tuple[Figure, dict[str, Axes]]:
     """One panel for each name, below each other."""
-    figure = Figure(figsize=(WIDTH, height * len(names)), layout="constrained")
+    figure = _figure(WIDTH, height * len(names))
     axes = figure.subplots(len(names), 1, squeeze=False)[:, 0]
     for axis, name in zip(axes, names, strict=True):
         axis.set_title(name)
@@ -91,7 +99,7 @@ def qat(results: Results) -> Figure | None:
     of = tables.qat(results)
     if of.empty:
         return None
-    figure = Figure(figsize=(WIDTH, 1 + 0.55 * len(of)), layout="constrained")
+    figure = _figure(WIDTH, 1 + 0.55 * len(of))
     axis = figure.subplots()
     names = [f"{row.model}\n{row.QAT}" for row in of.itertuples()]
     error = [of["points"] - of["points low"], of["points high"] - of["points"]]
@@ -157,7 +165,7 @@ def bit_widths(results: Results) -> Figure | None:
     of = tables.bit_widths(results)
     if of.empty:
         return None
-    figure = Figure(figsize=(WIDTH, 3), layout="constrained")
+    figure = _figure(WIDTH, 3)
     axis, places = figure.subplots(), np.arange(len(of))
     for number, column in enumerate(("QAT, %", "PTQ, %", "PTQ, default observers, %")):
         axis.plot(places, of[column], f"{MARKERS[number]}-", label=column.removesuffix(", %"))

@@ -82,6 +82,7 @@ class Results:
     runs: Mapping[str, Mapping[str, Any]]  # run_id -> how that run came to be
     _arrays: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, repr=False)
     _differences: dict[tuple, Difference] = field(default_factory=dict, repr=False)
+    _ratios: dict[tuple, Ratio] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, folder: Path | str) -> "Results":
@@ -133,6 +134,10 @@ class Results:
         timed = self._trained.assign(elsewhere=self._trained.machine != self.machine)
         first = timed.sort_values(["elsewhere", "run_id"], kind="stable").drop_duplicates("arch")[["arch", "run_id"]]
         return timed.drop(columns="elsewhere").merge(first)
+
+    @cached_property
+    def _process(self) -> dict[str, str]:
+        return dict(self.benchmark[["arch", "run_id"]].drop_duplicates().itertuples(index=False, name=None))
 
     @property
     def _trained(self) -> pd.DataFrame:
@@ -231,25 +236,29 @@ class Results:
             raise NotMeasured(f"{_name(row)} was not scored")
         return self._scored[_key(row)]
 
-    def timing(self, row: Row, **conditions: Any) -> dict[str, Any]:
-        """The latency of a row in its architecture's `benchmark`, or in the run whose run_id is among `conditions`.
+    @cached_property
+    def _timed(self) -> dict[tuple, dict[str, Any]]:
+        return {
+            (line["run_id"], *_key(line), *_conditions(line)): line
+            for line in self.tables["latency"].to_dict("records")
+        }
+
+    def timing(self, row: Row, run_id: str = "", **conditions: Any) -> dict[str, Any]:
+        """The latency of a row in its architecture's `benchmark`, or in the process called `run_id`.
 
         conditions: threads, batch, size and pace; by default the study's threads and smallest batch, 32 and hot. With the key
         `times`: ms of each round, float64 [rounds], or None where they were not kept. What contradicts the median of the table
         (times of another median, and then the intervals that came of them) is not used. Raises NotMeasured.
         """
-        table = self.tables["latency"] if "run_id" in conditions else self.benchmark
-        asked = {
-            "threads": self.threads,
-            "batch": self.batch,
-            "size": 32,
-            "pace": "hot",
-            **conditions,
-        }
-        found = _only(table, {**{key: row[key] for key in ROW}, **asked})
+        asked = {"threads": self.threads, "batch": self.batch, "size": 32, "pace": "hot"} | conditions
+        key = (run_id or self._process.get(row["arch"], ""), *_key(row), *_conditions(asked))
+        if key not in self._timed:
+            raise NotMeasured(f"{_name(row)} was not timed at {asked}")
+        found = self._timed[key]
         times = self._stored(found["run_id"]).get(times_key(found))
         if times is not None and not np.isclose(np.median(times), found["median_ms"]):
-            found |= {"speedup_low": np.nan, "speedup_high": np.nan, "p90_ms": max(found["p90_ms"], found["median_ms"])}
+            unknown = {"speedup_low": np.nan, "speedup_high": np.nan}
+            found = found | unknown | {"p90_ms": max(found["p90_ms"], found["median_ms"])}
             times = None
         return found | {"times": times}
 
@@ -291,7 +300,10 @@ class Results:
                 raise ValueError(
                     f"{condition} is {a[condition]!r} and {b[condition]!r}: these latencies do not compare"
                 )
-        return latency_ratio(a, b)
+        key = tuple((of["run_id"], *_key(of), *_conditions(of)) for of in (a, b))
+        if key not in self._ratios:
+            self._ratios[key] = latency_ratio(a, b)
+        return self._ratios[key]
 
     def control(self, row: Row) -> dict[str, str]:
         """The row that shows what quantization changed: eager FP32 that trained further if `row` did, where there is one."""
@@ -448,22 +460,12 @@ NUMBERS = (
 ).split()
 
 
-def _only(frame: pd.DataFrame, asked: Mapping[str, Any]) -> dict[str, Any]:
-    found = frame[_matches(frame, asked)]
-    if found.empty:
-        raise NotMeasured(", ".join(f"{key} {value}" for key, value in asked.items() if value != ""))
-    return found.iloc[0].to_dict()
-
-
-def _matches(frame: pd.DataFrame, asked: Mapping[str, Any]) -> pd.Series:
-    chosen = pd.Series(True, frame.index)
-    for key, value in asked.items():
-        chosen &= frame[key] == value
-    return chosen
-
-
 def _key(row: Row) -> tuple[str, ...]:
     return tuple(row[name] for name in ROW)
+
+
+def _conditions(row: Row) -> tuple[int, int, int, str]:
+    return int(row["threads"]), int(row["batch"]), int(row["size"]), row["pace"]
 
 
 def _name(row: Row) -> str:

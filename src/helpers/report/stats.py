@@ -1,6 +1,6 @@
 """Intervals and paired tests: pure functions of counts, arrays and frames' rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,18 @@ def mcnemar_exact(first_correct: np.ndarray, second_correct: np.ndarray) -> floa
     if only_first + only_second == 0:
         return 1.0
     return float(binomtest(only_first, only_first + only_second).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values of one family of tests, corrected so that the chance of any false one stays at the level. float [tests].
+
+    Source: Holm, Scandinavian Journal of Statistics 6 (1979).
+    """
+    p = np.asarray(p_values, float)
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return corrected
 
 
 def paired_bootstrap(

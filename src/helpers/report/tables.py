@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
-from statsmodels.stats.multitest import multipletests
 
 from helpers.report.results import ROW, Difference, NotMeasured, Results, Row, smallest
 from helpers.report.schema import (
@@ -23,7 +22,7 @@ from helpers.report.schema import (
     RUNTIMES,
     arm_facts,
 )
-from helpers.report.stats import Ratio
+from helpers.report.stats import Ratio, holm
 
 THEIRS = Path("book/reference_study.csv")  # what the reference study reported
 # What a reader can do tomorrow: no training, nothing deprecated, for images of any size.
@@ -242,7 +241,7 @@ def _qat_by_runtime(results: Results, arch: str, recipe: str, arm: str) -> list[
         except NotMeasured:
             continue
     p = {of: of.p for of in found.values()}  # one test for runtimes that answer alike
-    corrected = dict(zip(p, multipletests([*p.values()], method="holm")[1], strict=True)) if p else {}
+    corrected = dict(zip(p, holm([*p.values()]), strict=True))
     return [
         {"arch": arch, "recipe": recipe, "arm": arm, "model": model_label(arch, recipe), "runtime": runtime}
         | _of(of, "points")
