@@ -21,9 +21,11 @@ def time_interleaved(
     settle_s: float = 0.02,
     turns: Callable[[range], Iterable[int]] = iter,
     idle_s: float = 0.0,
+    enough: Callable[[dict[Name, np.ndarray]], bool] | None = None,
 ) -> dict[Name, np.ndarray]:
     """Time one call per round of every predictor on `batch`; returns name -> milliseconds, float64 [rounds].
 
+    enough: asked after every fifth round, from the tenth on, with the times so far; once it says so, no more rounds follow.
     Slow drift of the machine (clock, neighbours) then hits all candidates alike. Each turn visits them in a new order drawn
     from `seed`. Compilation is over before the clock starts. Before a candidate's turn the threads that the previous one left
     spinning (ONNX Runtime's do so for some 40 ms) have gone to sleep (it waits for them, at most a second).
@@ -59,6 +61,9 @@ def time_interleaved(
                 if idle_s:
                     time.sleep(idle_s)
                 times[names[index]][turn] = 1e3 * seconds_of(predictor, batch)
+        done = min(start + calls, rounds)
+        if enough is not None and done >= 10 and done % 5 == 0 and enough({n: ms[:done] for n, ms in times.items()}):
+            return {name: milliseconds[:done] for name, milliseconds in times.items()}
     return times
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from helpers import pt2e
 from helpers.files import StudyError
 from helpers.models import IMAGE_SIZE, build_model, load_state, load_weights, trim_dead_taps
 from helpers.models import calibrate as calibrate
@@ -96,11 +95,13 @@ def load_arm(path: Path, engine: str = "fbgemm", arch: str | None = None) -> nn.
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, str], path: Path, engine: str) -> nn.Module:
-    form = metadata.get("form")
+    form = metadata.get("form", "")
     if form == "float":
         load_state(model, state, path)
         return model.eval()
-    if form in pt2e.FORMS:
+    if form.endswith("_pt2e"):
+        from helpers import pt2e  # with torchao it takes seconds to import, and most runs do without
+
         graph = pt2e.rebuild(model.eval(), form)
         load_state(graph, state, path)
         return pt2e.convert_pt2e(graph)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from helpers.records import accuracy_row, prediction_key, profile_row
-from helpers.stats import wilson_interval
+from helpers.report.stats import wilson_interval
 from helpers.training import Evaluation
 
 Row = dict[str, Any]

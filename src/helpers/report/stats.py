@@ -175,6 +175,19 @@ def speedup_interval(
     return float(low), float(high)
 
 
+def speedups_known(times_ms: Mapping[Any, np.ndarray], baseline: Any, width: float) -> bool:
+    """Whether the 95 % interval of every row's speed-up over `baseline` lies within `width`, a share, of that speed-up.
+
+    times_ms: row -> ms, [rounds], paired by round as for `speedup_interval`.
+    """
+    for milliseconds in times_ms.values():
+        speedup = np.median(times_ms[baseline]) / np.median(milliseconds)
+        low, high = speedup_interval(times_ms[baseline], milliseconds, seed=0, draws=500)
+        if high - speedup > width * speedup or speedup - low > width * speedup:
+            return False
+    return True
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How many times faster one row of latency is than another, with its 95 % interval."""
