@@ -45,12 +45,25 @@ def test_weights_files_that_cannot_be_used_end_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["resnet34", "resnext50_32x4d", "wide_resnet50_2"])
-def test_the_quantizable_twin_of_a_torchvision_resnet_gives_its_logits(arch):
+def test_a_torchvision_resnet_with_our_blocks_gives_its_logits(arch):
     model = torchvision.models.get_model(arch, num_classes=7).eval()
     model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)  # as people do for small images
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
+        assert torch.allclose(as_quantizable(model)(images), model(images), rtol=1e-4, atol=1e-4)
         assert torch.allclose(fuse(as_quantizable(model))(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+def test_weights_and_logits_are_those_of_torchvision_s_resnet_of_that_seed(arch):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        theirs = torchvision.models.get_model(arch, num_classes=10).eval()
+    ours, images = build_model(arch, seed=3).eval(), torch.randn(2, 3, 32, 32)
+    assert [*ours.state_dict()] == [*theirs.state_dict()]
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    with torch.inference_mode():
+        assert torch.allclose(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_resnet_with_other_blocks_ends_in_a_sentence():
@@ -67,7 +80,8 @@ def test_the_second_relu_is_the_only_difference_of_the_reference_study_s_resnet5
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         assert not torch.allclose(kept(images), dropped(images))
-        assert torch.allclose(fuse(dropped)(images), dropped(images), rtol=1e-3, atol=1e-3)
+        for fused in (fuse(dropped), fuse_for_qat(dropped).eval()):
+            assert torch.allclose(fused(images), dropped(images), rtol=1e-3, atol=1e-3)
     with pytest.raises(StudyError, match="only resnet50"):
         build_model("resnet18", second_relu=False)
 
@@ -81,9 +95,9 @@ def test_dead_taps_are_cut_without_changing_any_output():
         )
         size = max(int(generator.integers(1, 10)), dilation * (kernel - 1) + 1 - 2 * padding)
         conv = nn.Conv2d(3, 2, kernel, stride, padding, dilation).double()
-        trimmed = trim_dead_taps(nn.Sequential(conv).float(), size).double()[0]
+        trimmed = trim_dead_taps(nn.Sequential(conv), size)[0]
         images = torch.randn(2, 3, size, size, dtype=torch.float64)
-        assert torch.allclose(conv.double()(images), trimmed(images), atol=1e-12)
+        assert torch.allclose(conv(images), trimmed(images), atol=1e-12)
         cut += trimmed.weight.numel() < conv.weight.numel()
     assert cut > 20
 

@@ -13,7 +13,8 @@ GOOD = {"arch": "resnet18", "epochs": 3, "limit": 0}
 
 
 def namespace(values, injected=""):
-    return {"__annotations__": dict.fromkeys(GOOD), **GOOD, **values, "In": ["", f"# Parameters\n{injected}"]}
+    cells = ["", 'arch: str = "resnet18"  # x\nepochs: int = 3  # x\nlimit: int = 0  # x', f"# Parameters\n{injected}"]
+    return {**GOOD, **values, "In": cells}
 
 
 def test_good_parameters_come_back():
@@ -34,6 +35,11 @@ def test_good_parameters_come_back():
 def test_bad_parameters_end_in_a_sentence(values, injected, said):
     with pytest.raises(StudyError, match=said):
         check_parameters(namespace(values, injected))
+
+
+def test_the_cell_before_the_check_was_forgotten():
+    with pytest.raises(StudyError, match="run the cell above"):
+        check_parameters({"In": ["", "parameters = check_parameters(globals())"]})
 
 
 @pytest.mark.parametrize("name", ["smoke", "quick", "full", "cifar10", "reference"])
@@ -127,7 +133,7 @@ def date_record(path, minute):
 
 
 def test_an_engine_is_one_that_this_pytorch_has_and_without_any_no_work_begins(monkeypatch):
-    given = {"__annotations__": {"engine": str}, "engine": "qnnpack"}
+    given = {"In": ['engine: str = "fbgemm"  # x'], "engine": "qnnpack"}
     with pytest.raises(StudyError, match=f"engine is 'qnnpack'.*{'.*'.join(ENGINES)}"):
         check_parameters(given)
     monkeypatch.setattr("helpers.parameters.LEGACY", False)

@@ -8,6 +8,7 @@ import torchvision
 from conftest import run
 from torch import nn
 
+from helpers.eager import WidthHistogramObserver
 from helpers.files import StudyError
 from helpers.models import build_model, save_weights, trim_dead_taps
 from helpers.quantization import (
@@ -15,7 +16,6 @@ from helpers.quantization import (
     QCONFIG_NAMES,
     QCONFIGS,
     WIDTHS,
-    WidthHistogramObserver,
     activation_quantizers,
     activation_report,
     agreement,
@@ -247,13 +247,76 @@ def test_a_width_that_is_none_ends_in_a_sentence(bits):
         qconfig_of_width(*bits)
 
 
-def test_without_int8_kernels_for_this_cpu_an_import_ends_in_a_sentence():
+def test_without_int8_kernels_for_this_cpu_their_use_ends_in_a_sentence():
     """As on ARM, where PyTorch has neither engine."""
-    said = run(sys.executable, "-c", NO_ENGINE + "from helpers.quantization import fuse").stderr.splitlines()[-1]
-    assert "StudyError: fuse is not there: torch" in said and "no INT8 kernels for this CPU (fbgemm, x86)" in said
+    use = "import torch; torch._C._supported_qengines = lambda: [2]; from helpers.quantization import {0}; {0}"
+    said = run(sys.executable, "-c", use.format("set_engine") + "('fbgemm')").stderr.splitlines()[-1]
+    assert "StudyError: PyTorch has no INT8 kernels for this CPU (fbgemm, x86)" in said
+    assert (
+        "no INT8 kernels for this CPU"
+        in run(sys.executable, "-c", use.format("NO_LEGACY") + "; print(NO_LEGACY)").stdout
+    )
 
 
-NO_ENGINE = "import torch; torch._C._supported_qengines = lambda: [2]; "
+# What this package imports of them is denied; torch, torchvision and torchao (0.18) still import them themselves.
+WITHOUT_TORCH_AO = """
+import builtins
+
+imported = builtins.__import__
+
+
+def without(name, globals=None, locals=None, fromlist=(), level=0):
+    wanted = [name, *(f"{name}.{part}" for part in fromlist or ())]
+    if (globals or {}).get("__name__", "").startswith("helpers"):
+        for module in wanted:
+            if module.startswith(("torch.ao", "torch.nn.quantized", "torchvision.models.quantization")):
+                raise ImportError(f"No module named {module!r}")
+    return imported(name, globals, locals, fromlist, level)
+
+
+import torchvision
+
+del torchvision.models.quantization
+builtins.__import__ = without
+"""
+WHAT_STAYS = """
+import sys
+from pathlib import Path
+
+import torch
+
+from helpers import pt2e, quantization, runtimes
+from helpers.models import ARCHS, build_model, calibrate
+
+folder, images = Path(sys.argv[1]), torch.randn(8, 3, 32, 32)
+models = {arch: build_model(arch).eval() for arch in ARCHS}
+for arch in ("resnet18", "resnet50"):
+    graph = pt2e.prepare_pt2e(models[arch])
+    calibrate(graph, images)
+    assert pt2e.convert_pt2e(graph)(images).isfinite().all()
+runtimes.export_onnx(models["resnet18"], folder / "fp32.onnx")
+runtimes.convert_to_openvino(folder / "fp32.onnx", folder / "fp32.xml")
+runtimes.quantize_openvino(folder / "fp32.xml", images, folder / "ptq_nncf.xml")
+assert {layer["precision"] for layer in runtimes.layers_run_as(folder / "ptq_nncf.xml", "openvino")} == {"int8"}
+assert not quantization.LEGACY
+try:
+    quantization.fusee
+except AttributeError:
+    print("a typo is a typo")
+from helpers.quantization import fuse, QCONFIGS
+try:
+    QCONFIGS["histogram_per_channel"]
+except Exception as error:
+    print(error)
+fuse(models["resnet18"])
+"""
+
+
+def test_without_torch_ao_float_models_build_pt2e_and_nncf_quantize_and_eager_mode_ends_in_a_sentence(tmp_path):
+    done = run(sys.executable, "-c", WITHOUT_TORCH_AO + WHAT_STAYS, tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert "StudyError: torch" in last and "has no torch.ao.quantization: the legacy rows" in last, done.stderr
+    assert done.stdout.splitlines()[-2] == "a typo is a typo" and done.stdout.splitlines()[-1] in last
 
 
 def test_one_extreme_image_widens_every_range_but_that_of_the_images():

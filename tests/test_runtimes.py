@@ -3,6 +3,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -13,13 +14,14 @@ from helpers.profiling import onednn_reordered
 from helpers.pt2e import convert_pt2e, prepare_pt2e, prepared_state
 from helpers.quantization import QCONFIGS, calibrate, convert, fuse, load_arm, prepare, weight_bytes
 from helpers.runtimes import (
+    LEGACY_OPSET,
+    OPSET,
     RUNTIMES,
     SUFFIXES,
     artifact_bytes,
     convert_to_openvino,
     export_aotinductor,
     export_onnx,
-    export_onnx_graph,
     export_torchscript,
     first_call,
     layers_run_as,
@@ -52,9 +54,8 @@ def files(tmp_path_factory):
     save_weights(folder / "ptq_pt2e.safetensors", prepared_state(graph), made)
     for arm in ("fp32", "ptq"):
         export_torchscript(modules[arm], folder / f"{arm}.pt")
-        export_onnx(modules[arm], folder / f"{arm}.onnx")
-    export_onnx_graph(modules["ptq_pt2e"], folder / "ptq_pt2e.onnx")
     for arm in modules:
+        export_onnx(modules[arm], folder / f"{arm}.onnx")
         convert_to_openvino(folder / f"{arm}.onnx", folder / f"{arm}.xml")
     for arm in ("fp32", "ptq_pt2e") if COMPILER else ():
         export_aotinductor(modules[arm], folder / f"{arm}.pt2")
@@ -91,6 +92,12 @@ def test_int8_files_really_run_in_int8(files, runtime):
     for arm, precision in (("fp32", "float32"), ("ptq", "int8")):
         layers = layers_run_as(files[0] / f"{arm}{SUFFIXES[runtime]}", runtime)
         assert len(layers) == 21 and {layer["precision"] for layer in layers} == {precision}
+
+
+def test_only_eager_mode_int8_needs_the_deprecated_exporter(files):
+    for arm in files[1]:
+        opset = onnx.load(files[0] / f"{arm}.onnx").opset_import[0].version
+        assert opset == (LEGACY_OPSET if arm == "ptq" else OPSET)
 
 
 def test_a_graph_of_pt2e_comes_back_from_its_file_as_it_was(files):

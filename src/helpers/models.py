@@ -19,6 +19,7 @@ from torchvision.models import resnet
 from helpers.files import StudyError, whole_file
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet18_cifar")
+ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=65536)},)  # dynamic shapes of a model exported for any batch size
 IMAGE_SIZE = 32  # height and width in pixels, of all images of the study
 
 Predictor = Callable[[np.ndarray], np.ndarray]

@@ -237,13 +237,14 @@ def _total_ms(rows: list[dict[str, Any]]) -> float:
 def pytorch_name(node: str, kind: str) -> str:
     """PyTorch's name of the layer that an OpenVINO node of this study's ResNets stands for, by its name and type.
 
-    /layer1/layer1.0/conv1/Conv/WithoutBiases and /layer1/0/conv1/Conv/WithoutBiases are both layer1.0.conv1.
+    layer1.0.conv1/WithoutBiases, and of a file that the TorchScript-based exporter wrote
+    /layer1/layer1.0/conv1/Conv/WithoutBiases or /layer1/0/conv1/Conv/WithoutBiases: all are layer1.0.conv1.
     """
     if kind.startswith("FullyConnected"):
         return "fc"
     if kind != "Convolution":
         return node
-    parts = node.strip("/").split("/Conv")[0].split("/")
+    parts = node.removesuffix("/WithoutBiases").strip("/").split("/Conv")[0].split("/")
     return ".".join(part.removeprefix(f"{before}.") for before, part in zip(["", *parts], parts, strict=False))
 
 

@@ -1,6 +1,6 @@
 """INT8 quantization of exported graphs by torchao (PT2E): what PyTorch offers in place of eager-mode quantization.
 
-The only importer of torchao. Calls `files` only.
+The only importer of torchao. Calls `files` and `models`.
 Source: https://docs.pytorch.org/ao/stable/pt2e_quantization/index.html
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.files import StudyError
+from helpers.models import ANY_BATCH
 
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers an enum the old way
 # torch.export warns of its own guards, and Inductor of a tensor that torchao made from a tensor: nothing a reader can act on.
@@ -26,7 +27,6 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e as _prepare
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as _x86  # noqa: E402
 
 FORMS = ("prepared_pt2e", "prepared_qat_pt2e")
-ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=65536)},)
 
 
 def export_graph(model: nn.Module, size: int = 32) -> nn.Module:

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from helpers import quantization
 from helpers.files import StudyError, whole_file
-from helpers.models import Predictor, module_predictor
-from helpers.pt2e import ANY_BATCH, export_graph
+from helpers.models import ANY_BATCH, Predictor, module_predictor
 from helpers.quantization import load_arm
 
 # No telemetry: OpenVINO and NNCF fall back to their silent stubs when this package cannot be imported.
@@ -56,8 +55,10 @@ SUFFIXES = {
     "openvino_bf16": ".xml",
 }
 RUNTIMES = tuple(SUFFIXES)
-OPSET = 17
-GRAPH_OPSET = 18  # the least that the newer exporter writes
+OPSET = 18  # the least that the dynamo-based exporter writes
+LEGACY_OPSET = 17
+# They answer a batch image by image, so their time for more than one image is not that of a batch.
+ONE_IMAGE_A_CALL = ("aotinductor",)
 # Freezing turns weights into constants, so that they are packed for the kernels once; thread counts may change after compiling.
 INDUCTOR = {"freezing": True, "cpp.dynamic_threads": True}
 
@@ -77,6 +78,10 @@ def _refused(what: str) -> Iterator[None]:
         raise StudyError(f"{what} ({first_line}).") from error
 
 
+def _is_eager_int8(model: nn.Module) -> bool:
+    return any(hasattr(module, "set_weight_bias") for module in model.modules())
+
+
 def export_torchscript(model: nn.Module, path: Path) -> None:
     """Script, freeze (weights become constants, so batch norm can be folded) and save a model in eval mode."""
     frozen = torch.jit.freeze(torch.jit.script(model.eval()))
@@ -84,45 +89,36 @@ def export_torchscript(model: nn.Module, path: Path) -> None:
         torch.jit.save(frozen, aside)
 
 
+@_refused("PyTorch's ONNX exporter does not write it")
 def export_onnx(model: nn.Module, path: Path, size: int = 32) -> None:
-    """Write a float or INT8 model as ONNX with a free batch size, and check the file; INT8 layers become QDQ pairs.
+    """Write a model as ONNX with a free batch size, and check the file.
 
-    Raises StudyError when the file does not pass ONNX's own checker.
+    model: float, a graph of `pt2e`, or INT8 of eager mode, for input float32 [N, 3, size, size]. The dynamo-based exporter
+    writes it, but eager mode's INT8 layers, which that one refuses (torch 2.14): the deprecated, TorchScript-based one makes
+    QDQ pairs of them. Raises StudyError when the exporter fails, or the file does not pass ONNX's own checker.
     """
-    with whole_file(path) as aside:
-        torch.onnx.export(
-            model.eval(),
-            torch.zeros(1, 3, size, size),
-            aside,
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-        )
-        _check_onnx(aside, path)
-
-
-def _check_onnx(aside: Path, path: Path) -> None:
-    try:
-        onnx.checker.check_model(str(aside), full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise StudyError(f"{path.name} does not pass the ONNX checker ({error}).") from error
-
-
-@_refused("PyTorch's newer ONNX exporter does not write it")
-def export_onnx_graph(graph: nn.Module, path: Path, size: int = 32) -> None:
-    """Write an exported graph (see `pt2e`) as ONNX with a free batch size by the newer, dynamo-based exporter, and check it.
-
-    Raises StudyError when the exporter fails, or the file does not pass ONNX's own checker.
-    """
+    images = (torch.zeros(2, 3, size, size),)
+    named = {"input_names": ["images"], "output_names": ["logits"], "verbose": False}
     with whole_file(path) as aside, torch.no_grad(), redirect_stdout(io.StringIO()):
-        torch.onnx.export(
-            *(graph, (torch.zeros(2, 3, size, size),), aside),
-            **{"dynamo": True, "opset_version": GRAPH_OPSET, "dynamic_shapes": ANY_BATCH, "external_data": False},
-            **{"input_names": ["images"], "output_names": ["logits"], "verbose": False},
-        )
-        _check_onnx(aside, path)
+        if _is_eager_int8(model):
+            free = {name: {0: "batch"} for name in ("images", "logits")}
+            torch.onnx.export(
+                model, images, aside, dynamo=False, opset_version=LEGACY_OPSET, dynamic_axes=free, **named
+            )
+        else:
+            free = {"dynamic_shapes": ANY_BATCH, "opset_version": OPSET}
+            program = torch.onnx.export(model.eval(), images, dynamo=True, **free, **named)
+            for node in program.model.graph:  # which it numbers; weights keep PyTorch's names
+                if node.op_type in ("Conv", "Gemm") and node.inputs[1].name.endswith(".weight"):
+                    node.name = node.inputs[1].name.removesuffix(".weight")
+            program.save(aside, external_data=False)
+        try:
+            onnx.checker.check_model(str(aside), full_check=True)
+        except onnx.checker.ValidationError as error:
+            raise StudyError(f"{path.name} does not pass the ONNX checker ({error}).") from error
+
+
+export_onnx_graph = export_onnx
 
 
 @_refused("ONNX Runtime does not quantize it")
@@ -294,7 +290,7 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
     threads: of this runtime, 0 for its own default; PyTorch's count holds for the whole process, so load together what
     shares a count. engine: whose INT8 kernels eager and TorchScript use. OpenVINO computes in float32 where the model is
     float, also where the CPU has bfloat16, and `openvino_bf16` asks for that. Shapes are fixed inside: the first call with a
-    new N compiles for it. An aotinductor package takes one image at a time.
+    new N compiles for it. What is in ONE_IMAGE_A_CALL answers a batch image by image: not to be timed beside batches.
     Raises StudyError for an unknown runtime, or a file that is missing or that the runtime cannot read.
     """
     path = Path(path)
@@ -323,9 +319,11 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
 
 
 def _inductor(model: nn.Module) -> Predictor:
-    if any(hasattr(module, "set_weight_bias") for module in model.modules()):
+    if _is_eager_int8(model):
         raise StudyError("Inductor does not take eager-mode INT8 models; quantize with PT2E for it.")
     import torch._inductor.config
+
+    from helpers.pt2e import export_graph  # with torchao it takes seconds to import, and most runs do without
 
     # A graph has compiled code of its own; instances of one class would share theirs, and Dynamo gives up after a few.
     graph = model if isinstance(model, torch.fx.GraphModule) else export_graph(model)
