@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.files import StudyError
-from helpers.models import IMAGE_SIZE, build_model, load_state, load_weights, trim_dead_taps
+from helpers.models import IMAGE_SIZE, build_model, load_state, load_weights, save_weights, trim_dead_taps
 from helpers.models import calibrate as calibrate
 
 
@@ -83,10 +83,13 @@ def load_arm(path: Path, engine: str = "fbgemm", arch: str | None = None) -> nn.
 
     INT8 arms are stored as they are before `convert` (weights and observers), because their file must hold no pickle;
     `convert` gives the same INT8 model every time. What is trimmed (see `models.trim_dead_taps`) says whether it was
-    before or after the quantization. Raises StudyError for a file that cannot be used, see `load_weights`.
+    before or after the quantization. What was calibrated only needs the float file of its `base` beside it. Raises StudyError for a file that cannot be used, see `load_weights`.
     """
     state, metadata = load_weights(path, arch)
     model = build_model(metadata["arch"])
+    if base := metadata.get("base"):
+        float_file = path.with_name(path.name.removesuffix(f"{metadata['arm']}{path.suffix}") + base + path.suffix)
+        load_state(model, load_weights(float_file, metadata["arch"])[0], float_file)
     if metadata.get("trimmed") == "before":
         model = trim_dead_taps(model, IMAGE_SIZE)
     if metadata.get("trimmed") == "after":
@@ -115,8 +118,24 @@ def _load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, str], 
         prepared = prepare_qat(fuse(model), qconfig_named(metadata["qconfig"]))
     else:
         raise StudyError(f"{path} has the form {form!r}; delete it and make it again.")
+    if metadata.get("base"):
+        state = prepared.state_dict() | state  # what calibration added to the float model
     load_state(prepared, state, path)
     return convert(prepared, engine)
+
+
+def save_calibrated(path: Path, prepared: nn.Module, fused: nn.Module, metadata: dict[str, str]) -> None:
+    """Write what calibration added to a model: the observers of `prepared`, made of `fused`, whose weights stay in their own file.
+
+    metadata: see `models.save_weights`; also `arm`, `qconfig`, and `base`, the float arm that `fused` came from, saved beside.
+    """
+    before = fused.state_dict()
+    added = {
+        name: value
+        for name, value in prepared.state_dict().items()
+        if name not in before or not torch.equal(value, before[name])
+    }
+    save_weights(path, added, metadata)
 
 
 def weight_bytes(model: nn.Module) -> int:

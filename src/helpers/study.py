@@ -6,6 +6,7 @@ Command line: python -m helpers.study PROFILE [arguments for snakemake].
 import fcntl
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from helpers.files import StudyError, check_writable
 from helpers.pipeline import LEFT_OUT, SIZE_OF, Profile, load_profile
 from helpers.progress import CONSOLE
 from helpers.quantization import NO_LEGACY
-from helpers.records import run_name
+from helpers.report import claims, tables
+from helpers.report.results import Results
+from helpers.report.schema import run_name
 
 # Those that this process may use, which may be fewer than the machine has.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -128,8 +131,23 @@ def _remove_float_exports(run: Path) -> None:
 
 
 def _closing_lines(run: Path, peak_bytes: int, minutes: float) -> None:
+    """The headline of this run, which published findings hold here, what it took, and the page to open."""
+    results = Results.open(run / "book" / "results")
+    headline = tables.headline(results)
+    if len(headline):
+        columns = [column for column in headline if column in ("model", "path", "ms") or column.startswith("times")]
+        print(tables.as_text(headline[columns]).to_string(index=False))
+    found = claims.check(results)
+    print("Published findings here:")
+    for status in claims.STATUSES:
+        ids = ", ".join(found.id[found.status == status]) or "none"
+        print(
+            textwrap.fill(
+                ids, 110, initial_indent=f"  {status:13s} ", subsequent_indent=16 * " ", break_on_hyphens=False
+            )
+        )
     print(
-        f"{minutes:.1f} minutes, at most {peak_bytes / 1e9:.1f} GB of memory; everything it printed: {run / 'study.log'}"
+        f"{minutes:.1f} minutes, at most {peak_bytes / 1e9:.1f} GB of memory; all that was printed: {run / 'study.log'}"
     )
     print(f"The study is done. Open {run / 'book' / '_build' / 'html' / 'index.html'}")
 
