@@ -1,19 +1,14 @@
-import re
-import sys
+import nbformat
 
-from conftest import run
-
-from helpers.quantization import ENGINES
-
-SMALL = "from helpers import bench; bench.BATCH, bench.STEPS, bench.ROUNDS = 16, 2, 1; bench.main()"
+from helpers.bench import wall_time
 
 
-def test_bench_prints_every_ratio():
-    # In its own process: DataLoader's workers leave a SIGCHLD handler behind, and when the next child of pytest ends,
-    # that handler and pytest's faulthandler together end pytest with a segmentation fault.
-    done = run(sys.executable, "-c", SMALL)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ratios = dict(re.findall(r"\(([ab])\).*: +([0-9.]+)$", done.stdout, re.M))
-    speeds = [float(times) for times in re.findall(r"\(d\) .* ms, +([0-9.]+) x eager FP32", done.stdout)]
-    assert ratios.keys() == {"a", "b"} and min(map(float, ratios.values())) > 0
-    assert len(speeds) == 4 + 2 * len(ENGINES) and speeds[0] == 1.0 and min(speeds) > 0
+def test_wall_time_is_told_by_notebook_and_by_what_takes_longest_in_it(tmp_path):
+    cell = nbformat.v4.new_code_cell
+    sources = {"import torch": 3.0, "x = train()": 60.0, "plot(x)": 1.0}
+    cells = [cell(text, metadata={"papermill": {"duration": took}}) for text, took in sources.items()]
+    whole = nbformat.v4.new_notebook(cells=cells, metadata={"papermill": {"duration": 70.0}})
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(whole, tmp_path / "notebooks" / "01_train.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(), tmp_path / "notebooks" / "interrupted.ipynb")
+    assert wall_time(tmp_path).values.tolist() == [["01_train", 70.0, 6.0, 3.0, 60.0, "x = train()"]]

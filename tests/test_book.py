@@ -1,4 +1,3 @@
-import ast
 import functools
 import http.server
 import shutil
@@ -6,13 +5,13 @@ import threading
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import nbformat
-import pandas as pd
 import pytest
 from conftest import ROOT
 
-from helpers.book import EARLIER, NOT_DONE, publish, published_book, renew_text, whats_found
-from helpers.pipeline import NOTEBOOKS, READERS
-from helpers.records import read_results
+from helpers.book import EARLIER, README, is_of_today, mark_if_earlier, publish, published_book
+from helpers.files import StudyError
+from helpers.pipeline import NOTEBOOKS
+from helpers.report import claims
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -106,107 +105,72 @@ def test_no_link_inside_the_book_is_broken(site, browser):
 
 
 @needs_browser
-def test_the_first_page_shows_what_was_found(site, browser):
-    browser.get(f"{site[0]}/intro.html")
+def test_the_claims_page_says_which_findings_hold_here_and_where_each_comes_from(site, browser):
+    browser.get(f"{site[0]}/claims.html")
     text = browser.find_element("css selector", ".bd-article").text
-    assert (
-        "ResNet18" in text
-        and "times as fast as eager FP32" in text
-        and "none can be recommended" in text
-        and "95 %" in text
-        and NOT_DONE not in text
-    )
-    assert len(browser.find_elements("css selector", ".bd-article table")) == 5
+    assert "this run" in text and "not measured" in text and "holds" in text
+    assert all(claim.sentence in text for claim in claims.CLAIMS)
+    links = browser.find_elements("css selector", ".bd-article a[href*='chapters/06_benchmark']")
+    assert links
+
+
+def test_a_sentence_of_the_findings_leads_to_its_claim(site):
+    page = (site[1] / "findings.html").read_text()
+    assert 'href="claims.html#' in page and "claim:" not in page
 
 
 def test_chapters_carry_the_code_of_their_notebooks(smoke):
     for name in NOTEBOOKS:
-        assert code_of(smoke / "book" / "chapters" / f"{name}.ipynb") == code_of(
-            ROOT / "notebooks" / f"{name}.ipynb"
-        ), name
+        assert is_of_today(smoke / "book" / "chapters" / f"{name}.ipynb", ROOT / "notebooks" / f"{name}.ipynb"), name
 
 
-def test_a_published_book_keeps_other_runs_and_takes_every_run_once(smoke, tmp_path, monkeypatch):
-    committed, readme = tmp_path / "committed", tmp_path / "README.md"
-    readme.write_text("# Title\n<!-- found -->the text before<!-- end of found -->\nrest\n")
-    publish("smoke", committed, readme)
-    text = readme.read_text()
-    assert (
-        "times as fast" in text
-        and "ResNet18, fastest, not shown to qualify: `" in text  # of few images
-        and text.index("Which one to take?") < text.index("Does QAT beat FP32?") < text.index("| row")
-        and "the text before" not in text
-        and text.endswith("rest\n")
-    )
-    once = read_results(committed / "results")
-    foreign = once["training"].assign(run_id="01_train-resnet34-tuned-s0", arch="resnet34")
-    path = committed / "results" / "training.csv"
-    pd.concat([foreign, once["training"]]).to_csv(path, index=False)
-    before = path.read_bytes()
+def test_publishing_adds_a_run_keeps_the_others_and_leaves_all_as_it_was_if_the_book_cannot_be_built(
+    tmp_path, monkeypatch
+):
+    committed, readme = tmp_path / "book", tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- table -->\nold\n<!-- end of table -->\nrest\n")
+    for part in ("results", "chapters"):
+        shutil.copytree(ROOT / "book" / part, committed / part)
+    before = {path: path.read_bytes() for path in committed.rglob("*.csv")}
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr("helpers.book.published_book", lambda **_: 1 / 0)
         publish("smoke", committed, readme)
-    assert path.read_bytes() == before  # a book that cannot be built leaves what was published
-    page = publish("smoke", committed, readme)
-    twice = read_results(committed / "results")
-    assert all(twice[table].equals(once[table]) for table in once if table != "training")
-    assert len(twice["training"]) == 2 * len(once["training"]) and set(twice["training"].arch) == {
-        "resnet18",
-        "resnet34",
-    }
-    assert "times as fast as eager FP32" in page.with_name("intro.html").read_text()
-    (committed / "chapters" / "15_bit_widths.ipynb").unlink()
-    (committed / "results" / "bit_widths.md").unlink()
-    page = published_book(tmp_path / "run", committed)
-    for name in ("beyond.html", "chapters/15_bit_widths.html"):
-        assert NOT_DONE in (page.parent / name).read_text()
+    assert before == {path: path.read_bytes() for path in committed.rglob("*.csv")} and "old" in readme.read_text()
 
 
-@pytest.mark.skipif(not (ROOT / "book" / "results").exists(), reason="nothing has been published yet")
-def test_the_published_book_builds_and_the_readme_and_every_chapter_say_what_is_so(tmp_path):
+def test_the_published_book_builds_and_the_readme_has_its_table(tmp_path):
     page = published_book(tmp_path)
-    assert whats_found(page.parents[2] / "results") in (ROOT / "README.md").read_text()
-    assert (ROOT / "book" / "results" / "overview.png").exists()
-    chapters = [path.stem for path in (ROOT / "book" / "chapters").glob("*.ipynb")]
-    assert chapters and set(chapters) <= set(NOTEBOOKS) - set(READERS)
+    assert "not measured" not in (tmp_path / "book" / "data" / "verdicts.md").read_text()
+    table = (tmp_path / "book" / "data" / "readme.md").read_text()
+    assert table in README.read_text()
+    chapters = {path.stem for path in (ROOT / "book" / "chapters").glob("*.ipynb")}
+    assert {"01_train", "07_analysis", "08_carry_over"} <= chapters <= set(NOTEBOOKS)
     for name in chapters:
-        says_so = EARLIER.split(",")[0] in (page.parent / "chapters" / f"{name}.html").read_text()
-        today = code_of(ROOT / "notebooks" / f"{name}.ipynb")
-        current = syntax_of(code_of(ROOT / "book" / "chapters" / f"{name}.ipynb")) == syntax_of(today)
-        assert says_so != current, name
-        assert says_so or code_of(page.parents[2] / "chapters" / f"{name}.ipynb") == today, name
+        says_so = "Executed with an earlier version" in (page.parent / "chapters" / f"{name}.html").read_text()
+        today = is_of_today(ROOT / "book" / "chapters" / f"{name}.ipynb", ROOT / "notebooks" / f"{name}.ipynb")
+        assert says_so != today, name
 
 
-def syntax_of(cells):
-    return [ast.dump(ast.parse(cell)) for cell in cells]  # without comments
+def test_the_readme_is_short():
+    text = README.read_text()
+    assert len(text.split()) <= 800
 
 
-def code_of(path):
-    cells = nbformat.read(path, as_version=4).cells
-    return [
-        c.source
-        for c in cells
-        if c.cell_type == "code" and not {"setup", "injected-parameters"} & set(c.metadata.get("tags", []))
-    ]
-
-
-def test_a_chapter_has_the_text_of_today_or_says_where_its_code_is_another(tmp_path):
+def test_a_chapter_of_other_code_says_so(tmp_path):
     cell = nbformat.v4
     injected = cell.new_code_cell("x = 2", metadata={"tags": ["injected-parameters"]})
 
-    def notebook(title, *codes):
-        cells = [cell.new_markdown_cell(title)]
-        for number, code in enumerate(codes):
-            cells += [cell.new_markdown_cell(f"## Part {number}"), cell.new_code_cell(code)]
-        return cells
+    def notebook(path, title, *codes):
+        cells = [cell.new_markdown_cell(title), *(cell.new_code_cell(code) for code in codes)]
+        nbformat.write(cell.new_notebook(cells=[*cells, injected]), path)
 
-    for code, expected in (
-        ("y = 1  # said otherwise", "# Is"),
-        ("y = 3", f'# Was\n\n:::{{note}}\n{EARLIER}"Part 1".\n:::'),
-    ):
-        executed = cell.new_notebook(cells=[*notebook("# Was", "x = 1", "y = 1"), injected])
-        nbformat.write(executed, tmp_path / "chapter.ipynb")
-        nbformat.write(cell.new_notebook(cells=notebook("# Is", "x = 1", code)), tmp_path / "today.ipynb")
-        renew_text(tmp_path / "chapter.ipynb", tmp_path / "today.ipynb")
-        found = nbformat.read(tmp_path / "chapter.ipynb", as_version=4).cells
-        assert found[0].source == expected and len(found) == len(executed.cells)
+    for code, expected in (("y = 1  # said otherwise", "# Was"), ("y = 3", f"# Was\n\n{EARLIER}")):
+        notebook(tmp_path / "chapter.ipynb", "# Was", "x = 1", "y = 1")
+        notebook(tmp_path / "today.ipynb", "# Is", "x = 1", code)
+        mark_if_earlier(tmp_path / "chapter.ipynb", tmp_path / "today.ipynb")
+        assert nbformat.read(tmp_path / "chapter.ipynb", as_version=4).cells[0].source == expected
+
+
+def test_a_book_without_results_is_refused(tmp_path):
+    with pytest.raises(StudyError, match="nothing has been published yet"):
+        published_book(tmp_path / "run", tmp_path / "nowhere")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, papermill, run
 
-from helpers.pipeline import NOTEBOOKS, READERS
+from helpers.pipeline import NOTEBOOKS
 from helpers.quantization import ENGINES
-from helpers.records import read_results
+from helpers.report.results import Results
 from helpers.repository import repository_url, rewrite
 from helpers.runtimes import RUNTIMES
 
@@ -47,7 +47,7 @@ def test_every_notebook_has_the_same_setup_one_parameters_cell_and_a_badge_of_it
 
 
 def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
-    tables = read_results(smoke / "book" / "results")
+    tables = Results.open(smoke / "book" / "results").tables
     accuracy, latency = tables["accuracy"], tables["latency"]
     explained = set(re.findall(r"`(\w+)`", (ROOT / "book" / "methods.md").read_text()))
     assert {"fp32", "ptq", "qat", *accuracy.arm} <= explained and {*accuracy.runtime} <= explained
@@ -60,14 +60,35 @@ def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
     wanted |= {(f"{how}_pt2e", runtime) for how in ("ptq", "qat") for runtime in PT2E_RUNTIMES}
     assert wanted - refused <= set(accuracy[["arm", "runtime"]].itertuples(index=False, name=None))
     assert {row for row in refused if not _may_be_refused(*row)} == set()
-    assert set(latency.engine) == {"", *ENGINES}
+    trained = latency[latency.recipe != "random"]
+    assert set(trained.engine) == {"", *ENGINES}
     scored = set(accuracy[["arm", "runtime", "engine"]].itertuples(index=False, name=None))
-    assert set(latency[["arm", "runtime", "engine"]].itertuples(index=False, name=None)) <= scored
+    assert set(trained[["arm", "runtime", "engine"]].itertuples(index=False, name=None)) <= scored
     assert (latency[(latency.arm == "fp32") & (latency.runtime == "eager")].speedup == 1).all()
+    assert set(latency.pace) >= {"hot", "idle_10"}
     assert accuracy.ci_low.le(accuracy.accuracy).all() and accuracy.ci_high.ge(accuracy.accuracy).all()
     assert (accuracy.correct / accuracy.n == accuracy.accuracy).all()
-    for table, rows in (("table1", 6), ("table2", 4)):
-        assert (smoke / "book" / "results" / f"{table}.md").read_text().count("<tr>") == 1 + rows
+
+
+def test_a_study_shows_a_line_a_notebook_its_headline_and_which_findings_hold(smoke):
+    """Of the smoke study's first call: everything else it printed is in its log."""
+    console = (smoke / "console.txt").read_text()
+    shown = [name for name in NOTEBOOKS if re.search(rf"of \d+  {name}.*: [\d.]+ min", console)]
+    assert shown == list(NOTEBOOKS)
+    assert "epoch 1/1: loss" in console and len(console.splitlines()) < 100
+    assert "OpenVINO: INT8 (NNCF)" in console and "Published findings here:" in console
+    assert "jobid" not in console and "Executing notebook" in (smoke / "study.log").read_text()
+
+
+def test_a_finished_study_leaves_no_float_exports_and_a_notebook_makes_them_again(smoke, tmp_path):
+    assert not [*(smoke / "weights").glob("*-fp32.onnx")] and [*(smoke / "weights").glob("*-ptq.onnx")]
+    run_dir = tmp_path / "run"
+    for part in ("records", "weights"):
+        shutil.copytree(smoke / part, run_dir / part)
+    small = "{limit: 256, calibration_images: 64, rounds: 2, app_seconds: 1, arms: [fp32, ptq_nncf]}"
+    done = papermill("06_benchmark", tmp_path / "out.ipynb", "-p", "run_dir", run_dir, "-y", small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run_dir / "weights" / "resnet18-tuned-s0-fp32.xml").exists()
 
 
 PT2E_RUNTIMES = ("inductor", "aotinductor", "onnxruntime", "openvino")
@@ -81,53 +102,6 @@ def _may_be_refused(arm, runtime):
         or (compiled and not shutil.which("g++"))
         or (arm == "qat_nncf" and torch.cuda.is_available())
     )
-
-
-def test_the_readers_take_other_seeds_models_that_were_only_scored_and_one_that_the_reference_study_lacks(
-    smoke, tmp_path
-):
-    records = tmp_path / "run" / "records"
-    shutil.copytree(smoke / "records", records)
-    for arch, seed, notebooks in (
-        ("resnet18", 1, NOTEBOOKS[:2]),
-        ("resnet50", 0, NOTEBOOKS[:2]),
-        ("resnet18_cifar", 0, NOTEBOOKS[:6]),
-    ):
-        for notebook in notebooks:
-            old, new = f"{notebook}-resnet18-tuned-s0", f"{notebook}-{arch}-tuned-s{seed}"
-            record = json.loads((records / f"{old}.json").read_text().replace(old, new))
-            for rows in record["tables"].values():
-                for row in rows:
-                    row |= {key: value for key, value in (("arch", arch), ("seed", seed)) if key in row}
-            (records / f"{new}.json").write_text(json.dumps(record))
-            shutil.copy(records / f"{old}.npz", records / f"{new}.npz")
-    results = tmp_path / "run" / "book" / "results"
-    (results / "elsewhere").mkdir(parents=True)
-    elsewhere = json.loads((records / "06_benchmark-resnet18-tuned-s0.json").read_text())
-    for row in elsewhere["tables"]["latency"]:
-        row |= {"machine": "Other CPU, 8 cores, avx2", "speedup": 100 * row["speedup"]}
-    (results / "elsewhere" / "06_benchmark-other.json").write_text(json.dumps(elsewhere))
-    rows = read_results(smoke / "book" / "results")["accuracy"]
-    rows["accuracy"] = rows.arm.map({"qat": 0.75, "ptq_longer": 0.5}).fillna(rows.accuracy)
-    (results / "superseded").mkdir()
-    rows.to_csv(results / "superseded" / "accuracy.csv", index=False)
-    for reader in READERS:
-        archs = ("-y", "archs: [resnet18, resnet18_cifar]") if reader != "08_qat_or_longer" else ()
-        done = papermill(reader, tmp_path / f"{reader}.ipynb", "-p", "run_dir", tmp_path / "run", *archs)
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert "<th" in (results / "table1.md").read_text() and ">seeds</th>" in (results / "table1.md").read_text()
-    row = next(
-        line for line in (results / "qat.md").read_text().splitlines() if re.match(r"\| resnet18 +\| tuned", line)
-    )
-    assert row.count(", 1 seed") == 4  # of `qat` there is one, in every runtime
-    assert "; +25.00 in a superseded training of seed 0" in (results / "qat.md").read_text()
-    assert "A superseded training of seed 0: FP32" in (results / "default.md").read_text()
-    assert "**resnet50**" in (results / "default.md").read_text()
-    assert "**ResNet50** was scored only" in (results / "headline.md").read_text()
-    assert "On another machine (Other CPU, 8 cores, avx2) the fastest" in (results / "headline.md").read_text()
-    table = (results / "elsewhere.md").read_text()
-    assert re.search(r"resnet18, `fp32` in eager +\| [\d.]+ +\| 1\.0 .*\| 100\.0 ", table)
-    assert "2 seeds" not in (results / "choice.md").read_text()  # some rows have two; all are judged on what all have
 
 
 def test_a_second_study_finds_everything_done(smoke):
@@ -242,6 +216,7 @@ builtins.__import__ = without
 
 LITTLE = """
 models: [{archs: [resnet18], recipes: [tuned], seeds: [0], leave_out: [12_runtimes]}]
+experiments: false
 common: {data: digits, limit: 64}
 notebooks: {01_train: {epochs: 1}, 05_onnx_openvino: {calibration_images: 16}, 06_benchmark: {rounds: 2, app_seconds: 1}}
 """
@@ -262,7 +237,7 @@ def test_when_torch_ao_is_gone_the_study_runs_without_its_legacy_rows_and_says_s
     run_dir = study / "runs" / "little"
     made = {path.stem.split("-")[0] for path in (run_dir / "records").glob("*.json")}
     assert made == {"01_train", "05_onnx_openvino", "06_benchmark"}
-    latency = read_results(run_dir / "book" / "results")["latency"]
+    latency = Results.open(run_dir / "book" / "results").tables["latency"]
     rows = {("fp32", "eager"), ("fp32", "onnxruntime"), ("fp32", "openvino"), ("ptq_nncf", "openvino")}
     assert set(zip(latency.arm, latency.runtime, strict=True)) == rows
     refused = papermill("02_ptq", tmp_path / "02.ipynb", "-p", "run_dir", tmp_path / "alone", PYTHONPATH=path)

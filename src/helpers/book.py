@@ -109,9 +109,8 @@ def write_data(published: Results, book: Path, here: Results | None = None) -> N
     data = book / "data"
     data.mkdir(parents=True, exist_ok=True)
     frames = {
-        "first_screen": tables.first_screen(published),
+        "readme": readme_table(published),
         "headline": tables.headline(published),
-        "choices": tables.choices(published),
         "qat": tables.qat(published),
         "observers": tables.observers(published),
         "machines": tables.machines(published),
@@ -127,6 +126,16 @@ def write_data(published: Results, book: Path, here: Results | None = None) -> N
     for name in ("carry_over", "collapse"):
         if (figure := getattr(figures, name)(published)) is not None:
             figure.savefig(data / f"{name}.png", dpi=110)
+
+
+def readme_table(results: Results) -> pd.DataFrame:
+    """The table of README and findings: `tables.first_screen` with milliseconds and times in one column."""
+    text = tables.as_text(tables.first_screen(results))
+    for column in [column for column in text if column.endswith(", ms")]:
+        condition = column.removesuffix(", ms")
+        text[column] = text[column] + " (" + text.pop(f"{condition}, times") + "x)"
+        text = text.rename(columns={column: f"{condition}: ms (times)"})
+    return text
 
 
 def _markdown(frame: pd.DataFrame) -> str:
@@ -286,7 +295,7 @@ def publish(profile: str, published: Path = PAGES, readme: Path = README) -> Pat
         for part in ("results", "chapters"):
             shutil.rmtree(published / part, ignore_errors=True)
             shutil.copytree(aside / part, published / part)
-    table = _markdown(tables.first_screen(results))
+    table = _markdown(readme_table(results))
     with whole_file(readme) as new:
         new.write_text(TABLE.sub(lambda mark: mark[1] + table + mark[2], readme.read_text()))
     return page

@@ -78,7 +78,7 @@ OPTIONAL = tuple(n for n, notebook in NOTEBOOKS.items() if notebook.experiment a
 # How much longer than ResNet18's all that is done to a model takes.
 SIZE_OF = {"resnet18": 1.0, "resnet18_cifar": 5.0, "resnet34": 1.8, "resnet50": 3.5}
 # What a profile says with its models and its name, and nowhere else.
-OF_THE_MODEL = ("arch", "recipe", "seed", "archs", "run_dir")
+OF_THE_MODEL = ("arch", "recipe", "seed", "run_dir")
 # Which images: the same for all that is done to a model, so a profile says it under `common`.
 OF_THE_STUDY = ("data", "data_dir", "limit")
 
@@ -147,8 +147,6 @@ class Profile(BaseModel):
         own = [block.notebooks.get(notebook, {}) for block in self.models if chosen in block.models()][:1]
         values = {**self.common, **self.notebooks.get(notebook, {}), **(own[0] if own else {})}
         values |= {"run_dir": f"runs/{name}", **chosen}
-        if "archs" in declared:
-            values["archs"] = [model["arch"] for model in self.timed()]
         return {key: value for key, value in values.items() if key in declared}
 
 
