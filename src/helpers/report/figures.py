@@ -156,7 +156,12 @@ def machines(results: Results) -> Figure | None:
         axis.set_yticks(range(wide.path.nunique()), wide.path.unique())
         axis.invert_yaxis()
         axis.set(xlabel="times faster than PyTorch FP32")
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.2))
+    handles = {
+        label: handle
+        for axis in panels.values()
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside lower center")
     return figure
 
 

@@ -426,7 +426,11 @@ def first_screen(results: Results) -> pd.DataFrame:
             name = f"{size}x{size}, {'hot' if pace == 'hot' else 'rested'}"
             line |= {f"{name}, ms": row.median_ms.iloc[0], f"{name}, times": row.speedup.iloc[0]}
         try:
-            line |= _of(results.cost(results.row(arch, arm, runtime)), "points") if arm != "fp32" else {}
+            line |= (
+                _of(results.cost(results.row(arch, arm, runtime), results.shared_seeds.get(arch, ())), "points")
+                if arm != "fp32"
+                else {}
+            )
         except NotMeasured:
             pass
         lines.append((results.archs.index(arch) if arch in results.archs else 9, PLAIN.index((arm, runtime)), line))
