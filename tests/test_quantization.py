@@ -162,6 +162,8 @@ def test_unknown_words_end_in_a_sentence():
         set_engine("mkl")
     with pytest.raises(StudyError, match="qconfig is 'int2'"):
         qconfig_named("int2")
+    with pytest.raises(StudyError, match="as_quantizable"):
+        fuse(torchvision.models.resnet18())
     assert tuple(QCONFIGS) == QCONFIG_NAMES  # what parameters allow is what there is
 
 
