@@ -162,6 +162,8 @@ def test_unknown_words_end_in_a_sentence():
         set_engine("mkl")
     with pytest.raises(StudyError, match="qconfig is 'int2'"):
         qconfig_named("int2")
+    with pytest.raises(StudyError, match="as_quantizable"):
+        fuse(torchvision.models.resnet18())
     assert tuple(QCONFIGS) == QCONFIG_NAMES  # what parameters allow is what there is
 
 
@@ -249,13 +251,11 @@ def test_a_width_that_is_none_ends_in_a_sentence(bits):
 
 def test_without_int8_kernels_for_this_cpu_their_use_ends_in_a_sentence():
     """As on ARM, where PyTorch has neither engine."""
-    use = "import torch; torch._C._supported_qengines = lambda: [2]; from helpers.quantization import {0}; {0}"
-    said = run(sys.executable, "-c", use.format("set_engine") + "('fbgemm')").stderr.splitlines()[-1]
-    assert "StudyError: PyTorch has no INT8 kernels for this CPU (fbgemm, x86)" in said
-    assert (
-        "no INT8 kernels for this CPU"
-        in run(sys.executable, "-c", use.format("NO_LEGACY") + "; print(NO_LEGACY)").stdout
-    )
+    script = "import torch; torch._C._supported_qengines = lambda: [2]; from helpers.quantization import NO_LEGACY, set_engine"
+    done = run(sys.executable, "-c", f"{script}; print(NO_LEGACY); set_engine('fbgemm')")
+    for said in (done.stdout, done.stderr.splitlines()[-1]):
+        assert "no INT8 kernels for this CPU (fbgemm, x86)" in said
+    assert "StudyError" in done.stderr.splitlines()[-1]
 
 
 # What this package imports of them is denied; torch, torchvision and torchao (0.18) still import them themselves.

@@ -181,17 +181,27 @@ _JOINED = {
 
 
 def fuse(model: ResNet) -> nn.Module:
-    """Fold batch norm into the convolutions and join their ReLU, in a copy; the logits stay those of `model` in eval mode."""
+    """Fold batch norm into the convolutions and join their ReLU, in a copy; the logits stay those of `model` in eval mode.
+
+    Raises StudyError for a model that is not built from the blocks of `models`.
+    """
     return _fuse(copy.deepcopy(model).eval(), tq.fuse_modules)
 
 
 def fuse_for_qat(model: ResNet) -> nn.Module:
-    """Join conv, batch norm and ReLU in a copy, so that QAT sees the folded weights while batch norm still learns."""
+    """Join conv, batch norm and ReLU in a copy, so that QAT sees the folded weights while batch norm still learns.
+
+    Raises StudyError as `fuse` does.
+    """
     return _fuse(copy.deepcopy(model).train(), tq.fuse_modules_qat)
 
 
 def _fuse(model: ResNet, fuse_modules: Callable[..., nn.Module]) -> nn.Module:
     """Fuse `model` in place, with stubs where INT8 begins and ends and additions that can be observed."""
+    if not isinstance(model, ResNet):
+        raise StudyError(
+            f"{type(model).__name__} is not fused here; for a ResNet of torchvision use as_quantizable first."
+        )
     for module in list(model.modules()):
         for names in _JOINED.get(type(module), []):
             there = [name for name in names if not isinstance(getattr(module, name), nn.Identity)]

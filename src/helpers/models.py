@@ -1,6 +1,6 @@
 """The models: torchvision's ResNets with a ReLU module for each activation, and their weights as safetensors files.
 
-Neither needs torch.ao. Calls no other helper but `files`.
+Imports neither torch.ao nor torchvision's quantizable models. Calls no other helper but `files`.
 """
 
 import copy
