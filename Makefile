@@ -7,17 +7,17 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: study test book publish lint bench repository
 
 study: $(BIN)/installed
-	$(BIN)/python -m helpers.study $(PROFILE)
+	$(BIN)/python -m helpers.study.run $(PROFILE)
 
 test: $(BIN)/installed
 	$(BIN)/python -m pytest
 
 book: $(BIN)/installed
-	$(BIN)/python -m helpers.book published
+	$(BIN)/python -m helpers.study.book published
 
 publish: PROFILE = reference
 publish: $(BIN)/installed
-	$(BIN)/python -m helpers.book publish $(PROFILE)
+	$(BIN)/python -m helpers.study.book publish $(PROFILE)
 
 lint: $(BIN)/installed
 	$(BIN)/ruff check .
@@ -25,10 +25,10 @@ lint: $(BIN)/installed
 	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
 
 bench: $(BIN)/installed
-	$(BIN)/python -m helpers.bench
+	$(BIN)/python -m helpers.study.bench
 
 repository: $(BIN)/installed
-	$(BIN)/python -m helpers.repository $(URL)
+	$(BIN)/python -m helpers.study.repository $(URL)
 
 # The marker is made last: an installation that was interrupted is taken up again.
 $(BIN)/installed: pyproject.toml constraints.txt

@@ -6,9 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from helpers.models import ARCHS
-from helpers.pipeline import NOTEBOOKS, load_profile
-from helpers.records import run_name
+from helpers.train.models import ARCHS
+from helpers.study.pipeline import NOTEBOOKS, load_profile
+from helpers.report.schema import run_name
 
 NAME = config.get("profile", "quick")
 PROFILE = load_profile(NAME)
@@ -20,7 +20,7 @@ CORES = workflow.cores or int(config.get("threads", 1))
 threads_each = max(1, min(4, CORES // len(PROFILE.trained()) if workflow.cores else CORES))
 
 PYTHON = shlex.quote(sys.executable)
-# What the notebooks print goes into one log; the console says what starts and what ends, see helpers.console.
+# What the notebooks print goes into one log; the console says what starts and what ends, see helpers.study.console.
 LOGGED = f" >> {RUN}/study.log 2>&1"
 PAPERMILL = f"{PYTHON} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}" + LOGGED
 MODEL = "-{arch}-{recipe}-s{seed}"
@@ -140,4 +140,4 @@ rule book:
     output:
         update(f"{RUN}/book/_build/html/index.html"),
     shell:
-        f"{PYTHON} -m helpers.book run {NAME}" + LOGGED
+        f"{PYTHON} -m helpers.study.book run {NAME}" + LOGGED

@@ -48,7 +48,7 @@ def smoke():
     import shutil
 
     shutil.rmtree(ROOT / "runs" / "smoke", ignore_errors=True)
-    done = run(sys.executable, "-m", "helpers.study", "smoke", "--cores", "1")
+    done = run(sys.executable, "-m", "helpers.study.run", "smoke", "--cores", "1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert done.stdout.splitlines()[-1].endswith("index.html")
     (ROOT / "runs" / "smoke" / "console.txt").write_text(done.stdout)

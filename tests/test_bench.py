@@ -1,6 +1,6 @@
 import nbformat
 
-from helpers.bench import wall_time
+from helpers.study.bench import wall_time
 
 
 def test_wall_time_is_told_by_notebook_and_by_what_takes_longest_in_it(tmp_path):

@@ -8,10 +8,10 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from helpers.book import EARLIER, README, is_of_today, mark_if_earlier, publish, published_book
 from helpers.files import StudyError
-from helpers.pipeline import NOTEBOOKS
 from helpers.report import claims
+from helpers.study.book import EARLIER, README, is_of_today, mark_if_earlier, publish, published_book
+from helpers.study.pipeline import NOTEBOOKS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -133,7 +133,7 @@ def test_publishing_adds_a_run_keeps_the_others_and_leaves_all_as_it_was_if_the_
         shutil.copytree(ROOT / "book" / part, committed / part)
     before = {path: path.read_bytes() for path in committed.rglob("*.csv")}
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-        patched.setattr("helpers.book.published_book", lambda **_: 1 / 0)
+        patched.setattr("helpers.study.book.published_book", lambda **_: 1 / 0)
         publish("smoke", committed, readme)
     assert before == {path: path.read_bytes() for path in committed.rglob("*.csv")} and "old" in readme.read_text()
 

@@ -8,7 +8,7 @@ import venv
 import pytest
 from conftest import ROOT, run
 
-from helpers.repository import repository_url
+from helpers.study.repository import repository_url
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from helpers.data import (
+from helpers.files import StudyError
+from helpers.train.data import (
     CIFAR10_CLASSES,
     augment,
     calibration_images,
@@ -21,7 +22,6 @@ from helpers.data import (
     lossless_test,
     read_parquet,
 )
-from helpers.files import StudyError
 
 
 def write_cifar(folder, images, labels, encoding="PNG", columns=("img", "label")):
@@ -85,7 +85,7 @@ def test_torchvision_s_layout_gives_the_pixels_that_went_in(tmp_path, pictures, 
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10_CLASSES)}))
     # Torchvision insists on the checksums of the original files, which these small ones cannot have.
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    monkeypatch.setattr("helpers.data.CIFAR10_VALIDATION", 6)
+    monkeypatch.setattr("helpers.train.data.CIFAR10_VALIDATION", 6)
     dataset = load_data("cifar10", str(tmp_path), tmp_path / "cache")
     assert dataset.name == "cifar10" and (dataset.test.images.numpy() == pictures.transpose(0, 3, 1, 2)).all()
     assert [len(dataset.train), len(dataset.validation), dataset.test.labels.tolist()] == [24, 6, [0, 1, 2, 3, 4, 9]]

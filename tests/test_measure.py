@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from helpers.measure import CALLS_A_TURN, summarise, time_interleaved
+from helpers.serve.timing import CALLS_A_TURN, summarise, time_interleaved
 
 
 def test_every_candidate_is_timed_in_every_round_and_the_slower_one_is_slower():

@@ -5,17 +5,10 @@ import torchvision
 from torch import nn
 
 from helpers.files import StudyError
-from helpers.models import (
-    ARCHS,
-    as_quantizable,
-    build_model,
-    count_parameters,
-    load_weights,
-    module_predictor,
-    save_weights,
-    trim_dead_taps,
-)
-from helpers.quantization import count_fake_quantize, fuse, fuse_for_qat, prepare_qat
+from helpers.quantize.arms import count_fake_quantize, fuse, fuse_for_qat, prepare_qat
+from helpers.train.models import ARCHS, as_quantizable, build_model, count_parameters, module_predictor
+from helpers.train.taps import trim_dead_taps
+from helpers.train.weights import load_weights, save_weights
 
 MILLIONS = {"resnet18": 11.18, "resnet34": 21.29, "resnet50": 23.53, "resnet18_cifar": 11.17}
 

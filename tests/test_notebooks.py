@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, papermill, run
 
-from helpers.pipeline import NOTEBOOKS
-from helpers.quantization import ENGINES
+from helpers.quantize.arms import ENGINES
 from helpers.report.results import Results
-from helpers.repository import repository_url, rewrite
-from helpers.runtimes import RUNTIMES
+from helpers.serve.runtimes import RUNTIMES
+from helpers.study.pipeline import NOTEBOOKS
+from helpers.study.repository import repository_url, rewrite
 
 SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in NOTEBOOKS}
 
@@ -107,7 +107,7 @@ def _may_be_refused(arm, runtime):
 def test_a_second_study_finds_everything_done(smoke):
     before = {path: path.stat().st_mtime_ns for path in (smoke / "records").iterdir()}
     started = time.monotonic()
-    done = run(sys.executable, "-m", "helpers.study", "smoke")
+    done = run(sys.executable, "-m", "helpers.study.run", "smoke")
     assert done.returncode == 0 and time.monotonic() - started < 60
     assert before == {path: path.stat().st_mtime_ns for path in (smoke / "records").iterdir()}
 
@@ -116,12 +116,12 @@ def test_two_studies_in_one_run_directory_are_refused(smoke):
     from filelock import FileLock
 
     with FileLock(smoke / ".lock"):
-        done = run(sys.executable, "-m", "helpers.study", "smoke")
+        done = run(sys.executable, "-m", "helpers.study.run", "smoke")
     assert done.returncode != 0 and "Another study is running" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_missing_data_ends_the_study_before_it_starts(tmp_path):
-    done = run(sys.executable, "-m", "helpers.study", "cifar10", CIFAR10_ROOT=tmp_path)
+    done = run(sys.executable, "-m", "helpers.study.run", "cifar10", CIFAR10_ROOT=tmp_path)
     assert done.returncode != 0 and "(3) leave both unset" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -205,7 +205,7 @@ imported = builtins.__import__
 
 
 def without(name, globals=None, *rest, **named):
-    if (globals or {}).get("__name__") == "helpers.eager" and name.startswith("torch.ao"):
+    if (globals or {}).get("__name__") == "helpers.quantize.eager" and name.startswith("torch.ao"):
         raise ImportError(f"No module named {name!r}")
     return imported(name, globals, *rest, **named)
 
@@ -231,7 +231,7 @@ def test_when_torch_ao_is_gone_the_study_runs_without_its_legacy_rows_and_says_s
         shutil.copytree(ROOT / part, study / part, ignore=shutil.ignore_patterns("results", "chapters", "_build"))
     shutil.copy(ROOT / "Snakefile", study)
     (study / "profiles" / "little.yml").write_text(LITTLE)
-    done = run(sys.executable, "-m", "helpers.study", "little", cwd=study, PYTHONPATH=path)
+    done = run(sys.executable, "-m", "helpers.study.run", "little", cwd=study, PYTHONPATH=path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "has no torch.ao.quantization" in done.stdout and "Notebooks left out: 02_ptq, 03_qat" in done.stdout
     run_dir = study / "runs" / "little"

@@ -3,10 +3,10 @@ import json
 import pytest
 
 from helpers.files import StudyError
-from helpers.parameters import PARAMETERS, check_parameters
-from helpers.pipeline import NOTEBOOKS, declared_parameters, ensure, load_profile
-from helpers.quantization import ENGINES
-from helpers.records import save_record
+from helpers.quantize.arms import ENGINES
+from helpers.report.records import save_record
+from helpers.study.parameters import PARAMETERS, check_parameters
+from helpers.study.pipeline import NOTEBOOKS, declared_parameters, ensure, load_profile
 
 ONE = "models: [{archs: [resnet18], recipes: [tuned], seeds: [0]}]"
 GOOD = {"arch": "resnet18", "epochs": 3, "limit": 0}
@@ -136,7 +136,7 @@ def test_an_engine_is_one_that_this_pytorch_has_and_without_any_no_work_begins(m
     given = {"In": ['engine: str = "fbgemm"  # x'], "engine": "qnnpack"}
     with pytest.raises(StudyError, match=f"engine is 'qnnpack'.*{'.*'.join(ENGINES)}"):
         check_parameters(given)
-    monkeypatch.setattr("helpers.parameters.LEGACY", False)
+    monkeypatch.setattr("helpers.study.parameters.LEGACY", False)
     with pytest.raises(StudyError, match="legacy rows .* are left out"):
         check_parameters(given | {"engine": "fbgemm"})
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.files import StudyError
-from helpers.models import build_model, count_parameters, module_predictor, trim_dead_taps
-from helpers.profiling import (
+from helpers.quantize.arms import ENGINES
+from helpers.serve.export import convert_to_openvino, export_onnx, export_torchscript
+from helpers.serve.profiling import (
     batch_change,
     capped_logits,
     floor_ms,
@@ -27,8 +28,8 @@ from helpers.profiling import (
     torch_ops,
     touched_taps,
 )
-from helpers.quantization import ENGINES
-from helpers.runtimes import convert_to_openvino, export_onnx, export_torchscript
+from helpers.train.models import build_model, count_parameters, module_predictor
+from helpers.train.taps import trim_dead_taps
 
 
 def test_a_padded_3x3_kernel_on_one_pixel_does_a_ninth_of_its_work():

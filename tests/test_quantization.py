@@ -8,10 +8,8 @@ import torchvision
 from conftest import run
 from torch import nn
 
-from helpers.eager import WidthHistogramObserver
 from helpers.files import StudyError
-from helpers.models import build_model, save_weights, trim_dead_taps
-from helpers.quantization import (
+from helpers.quantize.arms import (
     ENGINES,
     QCONFIG_NAMES,
     QCONFIGS,
@@ -38,6 +36,10 @@ from helpers.quantization import (
     weight_bytes,
     with_weights_of,
 )
+from helpers.quantize.eager import WidthHistogramObserver
+from helpers.train.models import build_model
+from helpers.train.taps import trim_dead_taps
+from helpers.train.weights import save_weights
 
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -251,7 +253,7 @@ def test_a_width_that_is_none_ends_in_a_sentence(bits):
 
 def test_without_int8_kernels_for_this_cpu_their_use_ends_in_a_sentence():
     """As on ARM, where PyTorch has neither engine."""
-    script = "import torch; torch._C._supported_qengines = lambda: [2]; from helpers.quantization import NO_LEGACY, set_engine"
+    script = "import torch; torch._C._supported_qengines = lambda: [2]; from helpers.quantize.arms import NO_LEGACY, set_engine"
     done = run(sys.executable, "-c", f"{script}; print(NO_LEGACY); set_engine('fbgemm')")
     for said in (done.stdout, done.stderr.splitlines()[-1]):
         assert "no INT8 kernels for this CPU (fbgemm, x86)" in said
@@ -285,8 +287,9 @@ from pathlib import Path
 
 import torch
 
-from helpers import pt2e, quantization, runtimes
-from helpers.models import ARCHS, build_model, calibrate
+from helpers.quantize import pt2e, arms as quantization
+from helpers.serve import runtimes
+from helpers.train.models import ARCHS, build_model, calibrate
 
 folder, images = Path(sys.argv[1]), torch.randn(8, 3, 32, 32)
 models = {arch: build_model(arch).eval() for arch in ARCHS}
@@ -303,7 +306,7 @@ try:
     quantization.fusee
 except AttributeError:
     print("a typo is a typo")
-from helpers.quantization import fuse, QCONFIGS
+from helpers.quantize.arms import fuse, QCONFIGS
 try:
     QCONFIGS["histogram_per_channel"]
 except Exception as error:

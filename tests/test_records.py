@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from helpers.files import StudyError, whole_file
-from helpers.records import (
-    COLUMNS,
+from helpers.report.records import (
     accuracy_row,
     commit,
     export_row,
@@ -17,11 +16,10 @@ from helpers.records import (
     open_results,
     read_predictions,
     read_results,
-    run_name,
     save_record,
     size_row,
-    times_key,
 )
+from helpers.report.schema import COLUMNS, run_name, times_key
 
 OF = {"arch": "resnet18", "recipe": "tuned", "seed": 0}
 

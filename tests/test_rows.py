@@ -1,9 +1,9 @@
 import numpy as np
 import pandas as pd
 
-from helpers.records import COLUMNS
-from helpers.rows import accuracy_rows, diagnosis_rows, predictions_by_key, profile_rows, training_rows
-from helpers.training import Evaluation
+from helpers.report.rows import accuracy_rows, diagnosis_rows, predictions_by_key, profile_rows, training_rows
+from helpers.report.schema import COLUMNS
+from helpers.train.training import Evaluation
 
 MODEL = {"arch": "resnet18", "recipe": "tuned", "seed": 0, "limit": 256}
 FACTS = {

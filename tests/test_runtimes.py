@@ -9,28 +9,25 @@ import torch
 from torch import nn
 
 from helpers.files import StudyError
-from helpers.models import build_model, count_parameters, module_predictor, save_weights
-from helpers.profiling import onednn_reordered
-from helpers.pt2e import convert_pt2e, prepare_pt2e, prepared_state
-from helpers.quantization import QCONFIGS, calibrate, convert, fuse, load_arm, prepare, weight_bytes
-from helpers.runtimes import (
+from helpers.quantize.arms import QCONFIGS, calibrate, convert, fuse, load_arm, prepare, weight_bytes
+from helpers.quantize.nncf import prepare_qat_nncf, quantize_openvino
+from helpers.quantize.pt2e import convert_pt2e, prepare_pt2e, prepared_state
+from helpers.serve.export import (
     LEGACY_OPSET,
     OPSET,
-    RUNTIMES,
     SUFFIXES,
     artifact_bytes,
     convert_to_openvino,
     export_aotinductor,
     export_onnx,
     export_torchscript,
-    first_call,
-    layers_run_as,
-    load_predictor,
-    openvino_benchmark_app,
-    prepare_qat_nncf,
-    quantize_openvino,
     stored_weight_bytes,
 )
+from helpers.serve.inspection import layers_run_as
+from helpers.serve.profiling import onednn_reordered
+from helpers.serve.runtimes import RUNTIMES, first_call, load_predictor, openvino_benchmark_app
+from helpers.train.models import build_model, count_parameters, module_predictor
+from helpers.train.weights import save_weights
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -187,7 +184,7 @@ def test_a_first_call_does_not_pay_for_what_the_process_pays_once(monkeypatch):
         time.sleep(next(loads))
         return lambda images: images
 
-    monkeypatch.setattr("helpers.runtimes.load_predictor", load)
+    monkeypatch.setattr("helpers.serve.runtimes.load_predictor", load)
     assert first_call("model.onnx", "onnxruntime", IMAGES.numpy()) < 50
     assert list(loads) == []
 

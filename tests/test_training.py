@@ -12,27 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.data import Split, load_data
 from helpers.files import StudyError
-from helpers.models import build_model
-from helpers.quantization import (
-    QCONFIG_NAMES,
-    freeze_near_the_end,
-    fuse,
-    fuse_for_qat,
-    prepare_qat,
-    qconfig_named,
-)
-from helpers.records import save_record
-from helpers.training import Recipe, evaluate, fit, resolve_precision
+from helpers.quantize.arms import QCONFIG_NAMES, freeze_near_the_end, fuse, fuse_for_qat, prepare_qat, qconfig_named
+from helpers.report.records import save_record
+from helpers.train.data import Split, load_data
+from helpers.train.models import build_model
+from helpers.train.training import Recipe, evaluate, fit, resolve_precision, trained_on
 
 SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from helpers.data import load_data
-from helpers.models import build_model
-from helpers.training import RECIPES, fit
+from helpers.train.data import load_data
+from helpers.train.models import build_model
+from helpers.train.training import RECIPES, fit
 
 torch.set_num_threads(1)
 model = build_model("resnet18")
@@ -167,12 +160,12 @@ def test_a_training_that_moved_names_both_machines(tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoints" / "01_train-x-s1.pt"
     asked = (load_data("digits", limit=64), Recipe(learning_rate=0.01, momentum=0.9), 2, 0, checkpoint)
     for machine, before_step in (("first", in_the_second_epoch), ("second", None), ("third", None)):
-        monkeypatch.setattr("helpers.training.machine_facts", lambda machine=machine: {"gpu": machine})
+        monkeypatch.setattr("helpers.train.training.machine_facts", lambda machine=machine: {"gpu": machine})
         with pytest.raises(Interrupted) if before_step else nullcontext():
             fit(build_model("resnet18"), *asked, precision="fp32", before_step=before_step)
     # The third machine had no epoch left to train; the checkpoint of seed 1 is none of a run without one.
     for run_id, machines in (("01_train-x-s1", ["first", "second"]), ("01_train-x-s", None)):
-        save_record(str(tmp_path), run_id, {}, None, {})
+        save_record(str(tmp_path), run_id, {}, None, {}, trained_on=trained_on(str(tmp_path), run_id))
         run = json.loads((tmp_path / "records" / f"{run_id}.json").read_text())["run"]
         assert run.get("trained_on") == (machines and [{"gpu": machine} for machine in machines])
 

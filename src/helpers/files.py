@@ -52,6 +52,21 @@ def whole_file(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn what a tool raises into a StudyError, so that a row that cannot be had ends no notebook; what: the sentence."""
+    try:
+        yield
+    except StudyError:
+        raise
+    except Exception as error:  # each tool has its own, and dynamo wraps what Inductor raises
+        chain = [error, error.__cause__, getattr(error, "inner_exception", None)]
+        if any(type(link).__name__ == "InvalidCxxCompiler" for link in chain):
+            raise StudyError("Inductor found no C++ compiler; install g++ (Debian: apt-get install g++).") from error
+        first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise StudyError(f"{what} ({first_line}).") from error
+
+
 def check_writable(folder: Path) -> None:
     """Raise StudyError now if nothing can be written into `folder` later."""
     with whole_file(Path(folder) / ".writable") as aside:

@@ -9,7 +9,6 @@ from typing import Any
 
 import cpuinfo
 import psutil
-import torch
 
 VERSIONS_OF = (
     "torch",
@@ -45,6 +44,8 @@ def machine_facts() -> dict[str, Any]:
 
     A package that is not installed has no version: training needs no OpenVINO.
     """
+    import torch  # what only reads results does without
+
     info = _cpu_info()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {

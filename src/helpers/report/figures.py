@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from helpers.plots import log_ticks
 from helpers.report import tables
+from helpers.report.plots import log_ticks
 from helpers.report.results import MARGIN, Results
 from helpers.report.schema import OBSERVERS, RANDOM, RUNTIMES
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.files import StudyError
-from helpers.models import ANY_BATCH
+from helpers.train.models import ANY_BATCH
 
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers an enum the old way
 # torch.export warns of its own guards, and Inductor of a tensor that torchao made from a tensor: nothing a reader can act on.

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from helpers.data import Dataset, Split, augment
 from helpers.files import StudyError, whole_file
 from helpers.machine import machine_facts
-from helpers.models import Predictor, module_predictor, restore_dead_taps, trim_dead_taps
 from helpers.progress import announce, progress
+from helpers.train.data import Dataset, Split, augment
+from helpers.train.models import Predictor, module_predictor
+from helpers.train.taps import restore_dead_taps, trim_dead_taps
 
 
 @dataclass(frozen=True)
@@ -276,9 +277,14 @@ def _fit_key(model: nn.Module, dataset: Dataset, recipe: Recipe, epochs: int, se
     return digest.hexdigest()
 
 
-def trained_on(*checkpoints: Path) -> list[dict[str, Any]]:
-    """The machines, as `machine.machine_facts`, on which `fit` trained what these checkpoints hold; each once."""
-    found = [facts for path in checkpoints for facts in _stored(path)["machines"]]
+def trained_on(run_dir: str, run_id: str) -> list[dict[str, Any]]:
+    """The machines, as `machine.machine_facts`, on which `fit` trained the checkpoints of a run; each once.
+
+    They lie in `run_dir`/checkpoints as `run_id`.pt or `run_id`-*.pt.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    paths = sorted([*folder.glob(f"{run_id}.pt"), *folder.glob(f"{run_id}-*.pt")])
+    found = [facts for path in paths for facts in _stored(path)["machines"]]
     return [facts for number, facts in enumerate(found) if facts not in found[:number]]
 
 

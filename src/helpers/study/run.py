@@ -17,15 +17,15 @@ import psutil
 from snakemake.cli import main as snakemake
 from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
 
-from helpers import console
-from helpers.data import check_available
 from helpers.files import StudyError, check_writable
-from helpers.pipeline import LEFT_OUT, SIZE_OF, Profile, load_profile
 from helpers.progress import CONSOLE
-from helpers.quantization import NO_LEGACY
+from helpers.quantize.arms import NO_LEGACY
 from helpers.report import claims, tables
 from helpers.report.results import Results
 from helpers.report.schema import run_name
+from helpers.study import console
+from helpers.study.pipeline import LEFT_OUT, SIZE_OF, Profile, load_profile
+from helpers.train.data import check_available
 
 # Those that this process may use, which may be fewer than the machine has.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,13 +5,16 @@ to `records.save_record`; the columns stand in `records.COLUMNS`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from helpers.records import accuracy_row, prediction_key, profile_row
+from helpers.report.records import accuracy_row, profile_row
+from helpers.report.schema import prediction_key
 from helpers.report.stats import wilson_interval
-from helpers.training import Evaluation
+
+if TYPE_CHECKING:
+    from helpers.train.training import Evaluation
 
 Row = dict[str, Any]
 # Arm, runtime and INT8 engine, which is empty where the runtime has no such choice.
@@ -24,7 +27,7 @@ def training_rows(model: Mapping[str, Any], histories: Mapping[str, Sequence[Row
     return [of | {"arm": arm} | epoch for arm, history in histories.items() for epoch in history]
 
 
-def accuracy_rows(model: Mapping[str, Any], data: str, results: Mapping[Served, Evaluation]) -> list[Row]:
+def accuracy_rows(model: Mapping[str, Any], data: str, results: Mapping[Served, "Evaluation"]) -> list[Row]:
     """Rows of accuracy, with Wilson's interval. data: name of the copy whose test split was scored."""
     return [
         accuracy_row(model, arm, runtime, data, found.correct, found.n, wilson_interval(found.correct, found.n), engine)
@@ -32,7 +35,7 @@ def accuracy_rows(model: Mapping[str, Any], data: str, results: Mapping[Served, 
     ]
 
 
-def predictions_by_key(results: Mapping[Served, Evaluation]) -> dict[str, np.ndarray]:
+def predictions_by_key(results: Mapping[Served, "Evaluation"]) -> dict[str, np.ndarray]:
     """The predicted classes that stand beside a record: `records.prediction_key` -> uint8 [n]."""
     return {prediction_key(*served): found.predictions for served, found in results.items()}
 

@@ -19,9 +19,10 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from helpers.files import StudyError
-from helpers.models import Predictor, live_taps, run_hooked
-from helpers.quantization import ENGINES
-from helpers.runtimes import compile_openvino, load_predictor
+from helpers.quantize.arms import ENGINES
+from helpers.serve.runtimes import compile_openvino, load_predictor
+from helpers.train.models import Predictor, run_hooked
+from helpers.train.taps import live_taps
 
 # The library under torch's profiler looks for GPUs, and says at every start that there are none; this is about CPUs.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

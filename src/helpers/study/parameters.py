@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 
-from helpers.data import DATA_NAMES
 from helpers.files import StudyError, check_writable
-from helpers.models import ARCHS
-from helpers.quantization import ENGINES, LEGACY, NO_LEGACY, QCONFIG_NAMES
-from helpers.training import PRECISIONS, RECIPES
+from helpers.quantize.arms import ENGINES, LEGACY, NO_LEGACY, QCONFIG_NAMES
+from helpers.train.data import DATA_NAMES
+from helpers.train.models import ARCHS
+from helpers.train.training import PRECISIONS, RECIPES
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]

@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from helpers.data import TRAINING_IMAGES
 from helpers.files import StudyError
-from helpers.parameters import Arch, Count, RecipeName, checked, no_others, validated
-from helpers.quantization import LEGACY
+from helpers.quantize.arms import LEGACY
+from helpers.report.records import gather, runs_of
+from helpers.report.schema import run_name
+from helpers.study.parameters import Arch, Count, RecipeName, checked, no_others, validated
+from helpers.train.data import TRAINING_IMAGES
 
 Models = Literal["trained", "served", "timed", "first", "none"]
 
@@ -221,7 +223,7 @@ def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **c
 
 def made_from(run_id: str, notebook: str) -> Iterator[str]:
     """The names of the runs of the same model that a run of `notebook` takes results from, directly or not."""
-    for other in NOTEBOOKS[notebook].needs:
+    for other in NOTEBOOKS[notebook].needs if notebook in NOTEBOOKS else ():  # results may be older than the notebooks
         source = run_id.replace(notebook, other, 1)
         yield source
         yield from made_from(source, other)
@@ -257,3 +259,33 @@ def _no_other_values(record: Path, made: Mapping[str, Any], asked: Mapping[str, 
                 f"{name} is {asked[name]!r}, but {record} was made with {made[name]!r}; give that value or another run_dir, "
                 f"or remove {record.parent.parent}."
             )
+
+
+def results_of(run_dir: str, parameters: Mapping[str, Any]) -> Path:
+    """The folder with the results of a run, gathered from its records; ResNet18 is timed now if nothing of it is there yet.
+
+    parameters: of the notebook that asks, for notebook 6. A published book, which has results only, is left as it is.
+    """
+    results, records = Path(run_dir) / "book" / "results", Path(run_dir) / "records"
+    if not records.exists() and not (results / "runs.json").exists():
+        record = records / f"{run_name('06_benchmark', 'resnet18', 'tuned', 0)}.json"
+        ensure(record, "06_benchmark", parameters, arch="resnet18")
+    if records.exists():
+        collect(run_dir, results)
+    return results
+
+
+def collect(run_dir: str, results: Path, keep: bool = False) -> None:
+    """Gather the records of a run (`records.gather`). Raises StudyError when one is older than what it was made from."""
+    none_outdated(runs_of(run_dir, results if keep else None))
+    gather(run_dir, results, keep)
+
+
+def none_outdated(runs: Mapping[str, Any]) -> None:
+    """Raise StudyError if a run is older than one of the same model that it was made from: their rows do not belong together."""
+    for run_id, run in sorted(runs.items()):
+        for source in made_from(run_id, run["notebook"]):
+            if source in runs and runs[source]["date"] > run["date"]:
+                raise StudyError(
+                    f"{run_id} is older than {source}, from which it was made; run {run['notebook']} again."
+                )

@@ -1,6 +1,6 @@
 """Write the repository's URL, which pyproject names once, into badges, setup cells, book and citation.
 
-Command line: python -m helpers.repository https://github.com/OWNER/NAME
+Command line: python -m helpers.study.repository https://github.com/OWNER/NAME
 """
 
 import re

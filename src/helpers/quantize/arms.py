@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from helpers.files import StudyError
-from helpers.models import IMAGE_SIZE, build_model, load_state, load_weights, save_weights, trim_dead_taps
-from helpers.models import calibrate as calibrate
+from helpers.train.models import IMAGE_SIZE, build_model
+from helpers.train.models import calibrate as calibrate
+from helpers.train.taps import trim_dead_taps
+from helpers.train.weights import load_state, load_weights, save_weights
 
 
 class _Missing:
@@ -26,7 +28,7 @@ class _Missing:
 
 
 try:
-    from helpers.eager import (  # noqa: F401 (for readers)
+    from helpers.quantize.eager import (  # noqa: F401 (for readers)
         ENGINES,
         OBSERVERS,
         QCONFIGS,
@@ -103,7 +105,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, str], 
         load_state(model, state, path)
         return model.eval()
     if form.endswith("_pt2e"):
-        from helpers import pt2e  # with torchao it takes seconds to import, and most runs do without
+        from helpers.quantize import pt2e  # with torchao it takes seconds to import, and most runs do without
 
         graph = pt2e.rebuild(model.eval(), form)
         load_state(graph, state, path)
@@ -136,6 +138,11 @@ def save_calibrated(path: Path, prepared: nn.Module, fused: nn.Module, metadata:
         if name not in before or not torch.equal(value, before[name])
     }
     save_weights(path, added, metadata)
+
+
+def is_eager_int8(model: nn.Module) -> bool:
+    """Whether a model has INT8 layers of eager mode."""
+    return any(hasattr(module, "set_weight_bias") for module in model.modules())
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -15,13 +15,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from helpers.data import Dataset, Split, find_cifar10, load_data, load_parquet
 from helpers.files import StudyError
-from helpers.measure import summarise, time_interleaved
-from helpers.models import build_model, save_weights
-from helpers.quantization import LEGACY, NO_LEGACY
-from helpers.runtimes import convert_to_openvino, export_onnx, export_torchscript, load_predictor, quantize_openvino
-from helpers.training import RECIPES, fit, resolve_precision
+from helpers.quantize.arms import LEGACY, NO_LEGACY
+from helpers.quantize.nncf import quantize_openvino
+from helpers.serve.export import convert_to_openvino, export_onnx, export_torchscript
+from helpers.serve.runtimes import load_predictor
+from helpers.serve.timing import summarise, time_interleaved
+from helpers.train.data import Dataset, Split, find_cifar10, load_data, load_parquet
+from helpers.train.models import build_model
+from helpers.train.training import RECIPES, fit, resolve_precision
+from helpers.train.weights import save_weights
 
 BATCH, STEPS, ROUNDS = 128, 24, 3
 RECIPE = RECIPES["tuned"]["first"]
@@ -107,7 +110,7 @@ def loader_speed(dataset: Dataset) -> float:
 
 def int8_rows(dataset: Dataset, folder: Path) -> dict[str, float]:
     """Median ms of ResNet18 at batch 1 for eager FP32 and every INT8 row; latency does not depend on the weights' values."""
-    from helpers.quantization import ENGINES, QCONFIGS, calibrate, convert, fuse, prepare
+    from helpers.quantize.arms import ENGINES, QCONFIGS, calibrate, convert, fuse, prepare
 
     model = build_model("resnet18").eval()
     images = dataset.normalise(dataset.train.images[:64])

@@ -1,6 +1,6 @@
 """Put results and executed notebooks between the hand-written pages of `book/`, and build the HTML.
 
-Command line: python -m helpers.book run PROFILE for the book of a run; publish PROFILE to add a run's results and chapters to the
+Command line: python -m helpers.study.book run PROFILE for the book of a run; publish PROFILE to add a run's results and chapters to the
 committed ones; published for the book of those.
 """
 
@@ -19,11 +19,10 @@ import papermill
 import yaml
 
 from helpers.files import StudyError, whole_file
-from helpers.pipeline import NOTEBOOKS, READERS, declared_parameters, load_profile
-from helpers.records import gather
 from helpers.report import claims, figures, tables
 from helpers.report.results import Results
 from helpers.report.schema import run_name
+from helpers.study.pipeline import NOTEBOOKS, READERS, collect, declared_parameters, load_profile
 
 PAGES = Path("book")
 README = Path("README.md")
@@ -276,7 +275,7 @@ def publish(profile: str, published: Path = PAGES, readme: Path = README) -> Pat
             if (published / part).exists():
                 shutil.copytree(published / part, aside / part, dirs_exist_ok=True)
         if list((Path("runs") / profile / "records").glob("*.json")):
-            gather(str(Path("runs") / profile), aside / "results", keep=True)
+            collect(str(Path("runs") / profile), aside / "results", keep=True)
         for notebook in NOTEBOOKS:
             if notebook not in READERS and _is_finished(executed_notebook(notebook, profile)):
                 copy_chapter(executed_notebook(notebook, profile), aside / "chapters" / f"{notebook}.ipynb")

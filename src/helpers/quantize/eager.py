@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from helpers.files import StudyError
-from helpers.models import BasicBlock, Bottleneck, ResidualAdd, ResNet, as_quantizable, calibrate, run_hooked
+from helpers.train.models import BasicBlock, Bottleneck, ResidualAdd, ResNet, as_quantizable, calibrate, run_hooked
 
 # Announced years ahead and still in torch 2.14; the study measures this path because the reference study took it.
 warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)

@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,8 @@ import pandas as pd
 
 from helpers.files import StudyError, whole_file
 from helpers.machine import machine_facts
-from helpers.pipeline import ensure, made_from
 from helpers.report.results import Results
-from helpers.report.schema import (  # noqa: F401  notebooks import the names of runs and arrays from here
-    COLUMNS,
-    arm_facts,
-    prediction_key,
-    run_name,
-    times_key,
-)
-from helpers.training import trained_on
+from helpers.report.schema import COLUMNS
 
 # What a row is, if it does not say so: of the first training of its seed, timed call after call on images of 32x32 pixels.
 ASSUMED: dict[str, dict[str, Any]] = {"accuracy": {"training": 0}, "latency": {"size": 32, "pace": "hot"}}
@@ -32,11 +24,6 @@ def _complete(table: str, row: Mapping[str, Any], run: Mapping[str, Any]) -> dic
     """A row with what it may leave out: ASSUMED, and of a size the recipe and seed of its run."""
     own = {key: run["parameters"][key] for key in ("recipe", "seed") if key in run["parameters"]}
     return ASSUMED.get(table, {}) | (own if table == "size" else {}) | dict(row)
-
-
-def weights_path(run_dir: str, arch: str, recipe: str, seed: int, arm: str, suffix: str = ".safetensors") -> Path:
-    """Where the model of one arm lies: `suffix` .safetensors, or that of an export (runtimes.SUFFIXES)."""
-    return Path(run_dir) / "weights" / f"{arch}-{recipe}-s{seed}-{arm}{suffix}"
 
 
 def commit() -> str:
@@ -60,17 +47,17 @@ def save_record(
     data: tuple[str, str] | None,
     rows: Mapping[str, list[dict[str, Any]]],
     predictions: Mapping[str, np.ndarray] | None = None,
-    pages: Mapping[str, str] | None = None,
     times: Mapping[str, np.ndarray] | None = None,
+    trained_on: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write what one run found: `run_dir`/records/`run_id`.json and, with `predictions` or `times`, the .npz beside it.
 
     data: name and sha256 of the data set. rows: table name -> rows with the columns of COLUMNS but run_id, which is added.
     predictions: see `prediction_key`; uint8 [n], the predicted class of each test image (01_train adds `truth`).
     times: see `times_key`; milliseconds of each round behind a row of latency, float64 [rounds], paired by round.
-    A row may leave out what ASSUMED says, and one of a size its recipe and seed. pages are ignored: a record holds no prose. A run that trained names the machines which did, by its
-    checkpoints (`run_dir`/checkpoints/`run_id`.pt or `run_id`-*.pt): it may have taken them over. The JSON is written last
-    and whole, so a record that exists is complete. Raises ValueError for a row whose columns differ from the contract.
+    trained_on: the machines that trained, see `training.trained_on`: it may have gone on from another one's checkpoint. A row
+    may leave out what ASSUMED says, and one of a size its recipe and seed. The JSON is written last and whole, so a record
+    that exists is complete. Raises ValueError for a row whose columns differ from the contract.
     """
     run = {
         "notebook": run_id.split("-")[0],
@@ -80,9 +67,8 @@ def save_record(
         "data": {"name": data[0], "sha256": data[1]} if data else None,
         **machine_facts(),
     }
-    checkpoints = Path(run_dir) / "checkpoints"
-    if trainers := trained_on(*sorted([*checkpoints.glob(f"{run_id}.pt"), *checkpoints.glob(f"{run_id}-*.pt")])):
-        run["trained_on"] = trainers
+    if trained_on:
+        run["trained_on"] = [dict(machine) for machine in trained_on]
     tables = {
         table: [_complete(table, row, run) | {"run_id": run_id} for row in found] for table, found in rows.items()
     }
@@ -171,37 +157,50 @@ def record_rows(run_dir: str, run_id: str, table: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["tables"].get(table, []) if path.exists() else []
 
 
+def runs_of(run_dir: str, results: Path | None = None) -> dict[str, Any]:
+    """How each run came to be, by run_id: those with a record in `run_dir`, and those that `results` has of others.
+
+    Raises StudyError when there are no records, and when one is damaged.
+    """
+    before = read_runs(results) if results is not None and (results / "runs.json").exists() else {}
+    return before | {record["run_id"]: record["run"] for record in _records(run_dir)}
+
+
+def _records(run_dir: str) -> Iterator[dict[str, Any]]:
+    paths = sorted((Path(run_dir) / "records").glob("*.json"))
+    if not paths:
+        raise StudyError(f"There are no records in {run_dir}; run the notebooks 01 to 06 with this run_dir first.")
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+            yield {key: record[key] for key in ("run_id", "run", "tables")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
+
+
 def gather(run_dir: str, results: Path, keep: bool = False) -> None:
     """Collect `run_dir`/records into `results`: a CSV for each table, runs.json and predictions/ (times, too).
 
     keep: leave what `results` has of other runs, so that a study which took several machines or days comes together.
     Rows are sorted, so the same records give the same files. Raises StudyError when there are no records, when one is
-    damaged, when one would replace a kept run of other data or parameters, and when one is older than what it was made from.
+    damaged, and when one would replace a kept run of other data or parameters.
     """
-    paths = sorted((Path(run_dir) / "records").glob("*.json"))
-    if not paths:
-        raise StudyError(f"There are no records in {run_dir}; run the notebooks 01 to 06 with this run_dir first.")
     tables: dict[str, list[dict[str, Any]]] = {table: [] for table in COLUMNS}
     runs: dict[str, Any] = {}
-    for path in paths:
-        try:
-            record = json.loads(path.read_text())
-            runs[record["run_id"]] = record["run"]
-            for table, rows in record["tables"].items():
-                tables[table] += [_complete(table, row, record["run"]) for row in rows]
-        except (ValueError, KeyError) as error:
-            raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
+    for record in _records(run_dir):
+        runs[record["run_id"]] = record["run"]
+        for table, rows in record["tables"].items():
+            tables[table] += [_complete(table, row, record["run"]) for row in rows]
     if keep and (results / "runs.json").exists():
         before = read_runs(results)
         _no_other_experiment(before, runs)
-        for table, frame in read_results(results).items():
+        for table, frame in Results.open(results).tables.items():
             tables[table] += frame[~frame.run_id.isin(runs)].to_dict("records")
         runs = before | runs
-    _none_outdated(runs)
-    for path in paths:
-        if path.with_suffix(".npz").exists():
-            with whole_file(results / "predictions" / f"{path.stem}.npz") as aside:
-                aside.write_bytes(path.with_suffix(".npz").read_bytes())
+    for path in (Path(run_dir) / "records").glob("*.npz"):
+        if path.with_suffix(".json").exists():
+            with whole_file(results / "predictions" / path.name) as aside:
+                aside.write_bytes(path.read_bytes())
     for table, rows in tables.items():
         keys = [column for column in COLUMNS[table] if column not in ("accuracy", "median_ms")]
         frame = pd.DataFrame(rows, columns=COLUMNS[table]).sort_values(keys, kind="stable")
@@ -227,35 +226,6 @@ def _no_other_experiment(before: Mapping[str, Any], now: Mapping[str, Any]) -> N
                 f"{run_id} is there already with another {', '.join(different)}; publish a run of the same profile, or remove "
                 "the results it would replace."
             )
-
-
-def _none_outdated(runs: Mapping[str, Any]) -> None:
-    """Raise StudyError if a run is older than one of the same model that it was made from: their rows do not belong together."""
-    for run_id, run in sorted(runs.items()):
-        for source in made_from(run_id, run["notebook"]):
-            if source in runs and runs[source]["date"] > run["date"]:
-                raise StudyError(
-                    f"{run_id} is older than {source}, from which it was made; run {run['notebook']} again."
-                )
-
-
-def read_results(results: Path) -> dict[str, pd.DataFrame]:
-    """Read the CSV files that `gather` wrote: table name -> frame. Raises StudyError when one is missing, damaged or older."""
-    return dict(Results.open(results).tables)
-
-
-def results_of(run_dir: str, parameters: Mapping[str, Any]) -> Path:
-    """The folder with the results of a run, gathered from its records; ResNet18 is timed now if nothing of it is there yet.
-
-    parameters: of the notebook that asks, for notebook 6. A published book, which has results only, is left as it is.
-    """
-    results, records = Path(run_dir) / "book" / "results", Path(run_dir) / "records"
-    if not records.exists() and not (results / "runs.json").exists():
-        record = records / f"{run_name('06_benchmark', 'resnet18', 'tuned', 0)}.json"
-        ensure(record, "06_benchmark", parameters, arch="resnet18")
-    if records.exists():
-        gather(run_dir, results)
-    return results
 
 
 def read_runs(results: Path) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ import nbformat
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from helpers.pipeline import NOTEBOOKS, SIZE_OF
+from helpers.study.pipeline import NOTEBOOKS, SIZE_OF
 
 LAST_LINES = 15  # of a failed cell, on the screen
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -1,0 +1,1 @@
+"""Export, execution, inspection and timing of model files."""

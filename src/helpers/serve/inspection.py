@@ -1,0 +1,67 @@
+"""What really runs in INT8: the graph that a runtime executes, after its own optimisation."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import openvino
+
+from helpers.files import StudyError, whole_file
+from helpers.serve.runtimes import compile_openvino
+
+
+def layers_run_as(path: Path, runtime: str) -> list[dict[str, str]]:
+    """What the runtime really executes for each convolution and matrix product, after its own graph optimisation.
+
+    Returns rows with layer, type (convolution or linear), precision (int8 or float32) and kernel (the runtime's own word).
+    runtime: onnxruntime or openvino. Raises StudyError for another one.
+    """
+    if runtime == "openvino":
+        return list(_openvino_layers(path))
+    if runtime == "onnxruntime":
+        return list(_onnxruntime_layers(path))
+    raise StudyError(f"runtime is {runtime!r}; the executed graph can be read from onnxruntime and openvino.")
+
+
+def _openvino_layers(path: Path) -> Iterator[dict[str, str]]:
+    compiled = compile_openvino(openvino.Core().read_model(path), 1)
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = {key: value.astype(str) for key, value in node.get_rt_info().items() if key in _OPENVINO_FACTS}
+        kind = {"Convolution": "convolution", "FullyConnected": "linear", "MatMul": "linear"}.get(
+            info.get("layerType", "")
+        )
+        if kind:
+            int8 = info["runtimePrecision"] in ("i8", "u8")
+            yield {
+                "layer": node.get_friendly_name(),
+                "type": kind,
+                "precision": "int8" if int8 else "float32",
+                "kernel": info["primitiveType"],
+            }
+
+
+_OPENVINO_FACTS = {"layerType", "runtimePrecision", "primitiveType"}
+
+
+def _onnxruntime_layers(path: Path) -> Iterator[dict[str, str]]:
+    with whole_file(path.with_suffix(".optimized.onnx")) as aside:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(aside)
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(aside).graph.node
+    path.with_suffix(".optimized.onnx").unlink()
+    for node in nodes:
+        kind = "convolution" if "Conv" in node.op_type else "linear" if node.op_type in _ONNX_LINEAR else None
+        if kind:
+            int8 = node.op_type.startswith(("QLinear", "QGemm")) or "Integer" in node.op_type
+            yield {
+                "layer": node.name,
+                "type": kind,
+                "precision": "int8" if int8 else "float32",
+                "kernel": node.op_type,
+            }
+
+
+_ONNX_LINEAR = {"Gemm", "MatMul", "FusedGemm", "FusedMatMul", "QGemm", "QLinearMatMul", "MatMulInteger"}

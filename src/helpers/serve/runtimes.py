@@ -1,0 +1,181 @@
+"""Everything that executes a model: PyTorch (eager, TorchScript, Inductor), ONNX Runtime and OpenVINO.
+
+Every runtime is reached through `load_predictor`, so what is timed is what was scored.
+"""
+
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino
+import torch
+from torch import nn
+
+from helpers.files import StudyError, refused
+from helpers.quantize import arms
+from helpers.quantize.arms import is_eager_int8, load_arm
+from helpers.serve.export import INDUCTOR, SUFFIXES, package_for
+from helpers.train.models import Predictor, module_predictor
+
+RUNTIMES = tuple(SUFFIXES)
+# They answer a batch image by image, so their time for more than one image is not that of a batch.
+ONE_IMAGE_A_CALL = ("aotinductor",)
+
+
+def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fbgemm") -> Predictor:
+    """Load a model file into a runtime: f(images float32 [N, 3, 32, 32]) -> logits float32 [N, 10], numpy arrays.
+
+    threads: of this runtime, 0 for its own default; PyTorch's count holds for the whole process, so load together what
+    shares a count. engine: whose INT8 kernels eager and TorchScript use. OpenVINO computes in float32 where the model is
+    float, also where the CPU has bfloat16, and `openvino_bf16` asks for that. Shapes are fixed inside: the first call with a
+    new N compiles for it. What is in ONE_IMAGE_A_CALL answers a batch image by image: not to be timed beside batches.
+    Raises StudyError for an unknown runtime, or a file that is missing or that the runtime cannot read.
+    """
+    path = Path(path)
+    if runtime not in RUNTIMES:
+        raise StudyError(f"runtime is {runtime!r}; allowed are {', '.join(RUNTIMES)}.")
+    if not path.exists():
+        raise StudyError(f"{path} does not exist; run the notebook that makes it first.")
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        if runtime == "eager":
+            return module_predictor(load_arm(path, engine))
+        if runtime == "torchscript":
+            arms.set_engine(engine)
+            return module_predictor(torch.jit.load(path))
+        if runtime == "inductor":
+            return _inductor(load_arm(path))
+        if runtime == "aotinductor":
+            return _aotinductor(path, threads or torch.get_num_threads())
+        return _onnxruntime(path, threads) if runtime == "onnxruntime" else _openvino(path, threads, runtime)
+    except StudyError:
+        raise
+    except Exception as error:  # each runtime has its own exceptions for a file it cannot read
+        first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise StudyError(f"{runtime} cannot read {path} ({first_line}); if it is damaged, make it again.") from error
+
+
+def _inductor(model: nn.Module) -> Predictor:
+    if is_eager_int8(model):
+        raise StudyError("Inductor does not take eager-mode INT8 models; quantize with PT2E for it.")
+    import torch._inductor.config
+
+    from helpers.quantize.pt2e import export_graph  # with torchao it takes seconds to import, and most runs do without
+
+    # A graph has compiled code of its own; instances of one class would share theirs, and Dynamo gives up after a few.
+    graph = model if isinstance(model, torch.fx.GraphModule) else export_graph(model)
+    torch._inductor.config.load_config(
+        torch._inductor.config.get_config_copy() | INDUCTOR
+    )  # `options` come too late to freeze
+    compiled = module_predictor(torch.compile(graph, dynamic=False))
+
+    def predictor(images: np.ndarray) -> np.ndarray:
+        with refused("Inductor does not compile it"):
+            return compiled(images)
+
+    return predictor
+
+
+def _aotinductor(path: Path, threads: int) -> Predictor:
+    fitting = package_for(path, threads)
+    package = torch._inductor.aoti_loadpackage_for(str(fitting if fitting.exists() else path))
+
+    def predictor(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.concatenate([package(torch.from_numpy(images[i : i + 1])).numpy() for i in range(len(images))])
+
+    return predictor
+
+
+def _onnxruntime(path: Path, threads: int) -> Predictor:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]
+
+
+def _openvino(path: Path, threads: int, runtime: str) -> Predictor:
+    core = openvino.Core()
+    model = core.read_model(path)
+    if runtime == "openvino_bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise StudyError("This CPU has no bfloat16 instructions; OpenVINO would compute in float32 instead.")
+    requests: dict[int, tuple[openvino.InferRequest, np.ndarray, np.ndarray]] = {}
+
+    def predictor(images: np.ndarray) -> np.ndarray:
+        n = len(images)
+        if n not in requests:
+            request = compile_openvino(model, n, threads, runtime).create_infer_request()
+            # Its own tensors, asked for once: a dictionary of inputs, or asking in every call, takes a tenth and a
+            # fortieth of ResNet18's INT8 latency.
+            requests[n] = request, request.get_input_tensor().data, request.get_output_tensor().data
+        request, taken, given = requests[n]
+        np.copyto(taken, images)
+        request.infer()
+        return given.copy()
+
+    return predictor
+
+
+def compile_openvino(
+    model: "openvino.Model", batch: int, threads: int = 0, runtime: str = "openvino", **config: object
+) -> "openvino.CompiledModel":
+    """Compile a copy of a model for one batch size, for latency; threads: 0 for OpenVINO's own choice.
+
+    runtime: openvino (float32 where the model is float) or openvino_bf16; config: more of OpenVINO's properties.
+    """
+    fixed = model.clone()
+    fixed.reshape([batch, *list(model.input(0).partial_shape)[1:]])
+    precision = "bf16" if runtime == "openvino_bf16" else "f32"
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    if threads:
+        hints["INFERENCE_NUM_THREADS"] = threads
+    return openvino.Core().compile_model(fixed, "CPU", hints | config)
+
+
+def first_call(path: Path, runtime: str, images: np.ndarray, engine: str = "fbgemm", tries: int = 3) -> float:
+    """Milliseconds from a model file to its first answer to `images`: loading, compiling, one call; the median of `tries`.
+
+    A try before them is not timed, so the runtime is imported, it has set itself up in this process and the file is in
+    memory: this is what one more model costs, not what a new process pays. Inductor compiles for so long that it has a
+    single try and none before it, with an empty cache of what it compiled; import it before, by another use.
+    Raises StudyError as `load_predictor` does.
+    """
+    from torch._inductor.utils import fresh_cache
+
+    def one_try() -> float:
+        started = time.perf_counter()
+        predictor = load_predictor(path, runtime, engine=engine)
+        with fresh_cache() if runtime == "inductor" else nullcontext(), refused(f"{runtime} does not run it"):
+            predictor(images)
+            return 1e3 * (time.perf_counter() - started)
+
+    if runtime == "inductor":
+        return one_try()
+    one_try()
+    return float(np.median([one_try() for _ in range(tries)]))
+
+
+def openvino_benchmark_app(path: Path, threads: int, batch: int, seconds: int = 5) -> float:
+    """Median latency in ms by OpenVINO's own `benchmark_app`, in a process of its own: one synchronous request at a time.
+
+    Raises StudyError when the tool fails.
+    """
+    command = [
+        *(sys.executable, "-c", "from openvino.tools.benchmark.main import main; main()"),
+        *("-m", str(path), "-d", "CPU", "-api", "sync", "-hint", "none", "-nstreams", "1"),
+        *("-infer_precision", "f32", "-nthreads", str(threads), "-shape", f"[{batch},3,32,32]", "-t", str(seconds)),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    for line in result.stdout.splitlines():
+        if "Median:" in line:
+            value, unit = line.split("Median:")[1].split()
+            return float(value) / {"ms": 1, "us": 1000}[unit]
+    raise StudyError(
+        f"benchmark_app gave no median for {path} ({result.stderr.strip()[-200:] or result.stdout[-200:]})."
+    )

@@ -1,0 +1,1 @@
+"""Parameters, the pipeline of notebooks, `make study` and the book."""
