@@ -3,7 +3,6 @@ import os
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from helpers.files import StudyError, whole_file
@@ -12,14 +11,12 @@ from helpers.report.records import (
     commit,
     export_row,
     gather,
-    machines_text,
-    open_results,
-    read_predictions,
-    read_results,
     save_record,
     size_row,
 )
-from helpers.report.schema import COLUMNS, run_name, times_key
+from helpers.report.results import Results
+from helpers.report.schema import COLUMNS, run_name
+from helpers.study.pipeline import collect
 
 OF = {"arch": "resnet18", "recipe": "tuned", "seed": 0}
 
@@ -30,11 +27,12 @@ def test_what_is_saved_is_gathered_with_its_provenance(tmp_path):
     predictions = {"ptq-eager-fbgemm": np.array([1, 2, 3, 4], np.uint8)}
     save_record(str(tmp_path), run_id, {"seed": 0}, ("digits", "ab" * 32), {"accuracy": [row]}, predictions)
     gather(str(tmp_path), tmp_path / "results")
-    accuracy = read_results(tmp_path / "results")["accuracy"]
+    accuracy = Results.open(tmp_path / "results").tables["accuracy"]
     assert list(accuracy.columns) == COLUMNS["accuracy"] and accuracy.accuracy.tolist() == [0.75]
     run = json.loads((tmp_path / "results" / "runs.json").read_text())[run_id]
     assert run["data"]["sha256"] == "ab" * 32 and run["commit"] and run["versions"]["torch"] and run["cpu"]
-    assert read_predictions(tmp_path / "results", run_id)["ptq-eager-fbgemm"].tolist() == [1, 2, 3, 4]
+    with np.load(tmp_path / "results" / "predictions" / f"{run_id}.npz") as stored:
+        assert stored["ptq-eager-fbgemm"].tolist() == [1, 2, 3, 4]
 
 
 def test_a_row_outside_the_contract_is_refused(tmp_path):
@@ -104,13 +102,13 @@ def test_a_run_older_than_what_it_was_made_from_is_not_gathered(tmp_path):
     names = [run_name(notebook, "resnet18", "tuned", 0) for notebook in ("01_train", "02_ptq")]
     for run_id in names:
         save_record(str(tmp_path), run_id, {}, ("digits", "ab"), {})
-    gather(str(tmp_path), tmp_path / "results")
+    collect(str(tmp_path), tmp_path / "results")
     record = json.loads((tmp_path / "records" / f"{names[0]}.json").read_text())
     record["run"]["date"] = "9999-01-01T00:00:00+00:00"  # trained anew, after its PTQ
     (tmp_path / "records" / f"{names[0]}.json").write_text(json.dumps(record))
     before = (tmp_path / "results" / "runs.json").read_bytes()
     with pytest.raises(StudyError, match="02_ptq-resnet18-tuned-s0 is older than 01_train.*run 02_ptq again"):
-        gather(str(tmp_path), tmp_path / "results")
+        collect(str(tmp_path), tmp_path / "results")
     assert (tmp_path / "results" / "runs.json").read_bytes() == before
 
 
@@ -125,22 +123,7 @@ def test_counts_stay_counts_where_a_row_of_exports_has_none(tmp_path):
     gather(str(tmp_path), tmp_path / "results", keep=True)
     text = (tmp_path / "results" / "exports.csv").read_text()
     assert ",360," in text and "360.0" not in text
-    assert read_results(tmp_path / "results")["exports"].set_index("runtime").n["openvino"] == 360
-
-
-def test_latencies_come_with_the_times_of_their_rounds_where_these_were_kept(tmp_path):
-    for arch, kept in (("resnet18", True), ("resnet34", False)):
-        row = dict.fromkeys(COLUMNS["latency"], 2) | {
-            "arch": arch,
-            "arm": "ptq",
-            "runtime": "eager",
-            "engine": "fbgemm",
-        }
-        row.pop("run_id")
-        times = {times_key(row): np.array([2.0, 1.5, 3.0])} if kept else None
-        save_record(str(tmp_path), f"06_benchmark-{arch}", {}, None, {"latency": [row]}, times=times)
-    latency = open_results(str(tmp_path), tmp_path / "results")[0]["latency"].set_index("arch")
-    assert latency.times["resnet18"].tolist() == [2.0, 1.5, 3.0] and latency.times["resnet34"] is None
+    assert Results.open(tmp_path / "results").tables["exports"].set_index("runtime").n["openvino"] == 360
 
 
 def test_the_commit_is_unknown_outside_git_and_without_git(tmp_path, monkeypatch):
@@ -150,19 +133,10 @@ def test_the_commit_is_unknown_outside_git_and_without_git(tmp_path, monkeypatch
     assert commit() == "unknown"
 
 
-def test_a_record_says_of_which_training_a_size_is_and_keeps_no_prose(tmp_path):
+def test_a_record_says_of_which_training_a_size_is(tmp_path):
     size = size_row("resnet18", "ptq", "eager", 10, 10, 12)
     parameters = {"recipe": "tuned", "seed": 3}
-    save_record(str(tmp_path), "02_ptq-x", parameters, None, {"size": [size]}, pages={"ptq.md": "It is fast."})
+    save_record(str(tmp_path), "02_ptq-x", parameters, None, {"size": [size]})
     gather(str(tmp_path), tmp_path / "results")
-    found = read_results(tmp_path / "results")["size"].iloc[0]
+    found = Results.open(tmp_path / "results").tables["size"].iloc[0]
     assert (found.recipe, found.seed) == ("tuned", 3)
-    assert "It is fast." not in (tmp_path / "records" / "02_ptq-x.json").read_text()
-
-
-def test_times_of_two_machines_are_said_not_to_compare():
-    rows = [("resnet18", "one"), ("resnet34", "other"), ("resnet50", "other")]
-    timed = pd.DataFrame(rows, columns=["arch", "machine"])
-    said = machines_text(timed)
-    assert "one (resnet18) and on other (resnet34, resnet50)" in said and "do not compare" in said
-    assert machines_text(timed[timed.machine == "other"]) == "other"
