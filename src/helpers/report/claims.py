@@ -300,7 +300,13 @@ def _collapse(results: Results) -> list[Evidence]:
     lost = _change(
         results, default, fp32, "default observers minus FP32", lambda of: _within(of.low, of.high, most=-half)
     )
-    return [lost, _accuracy(results, default, "default observers"), _accuracy(results, fp32, "FP32")]
+    what = "default observers minus FP32"
+    return [
+        lost,
+        _accuracy(results, default, "default observers"),
+        _accuracy(results, fp32, "FP32"),
+        *_superseded(results, "resnet50", results.recipe, "ptq_default", "fp32", what, least=-np.inf),
+    ]
 
 
 def _others_hold(results: Results) -> list[Evidence]:

@@ -452,6 +452,15 @@ def runs(results: Results) -> pd.DataFrame:
     )
 
 
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """How many lines of a table have each verdict, by model."""
+    return (
+        frame.pivot_table(index="model", columns="verdict", aggfunc="size", fill_value=0).reset_index()
+        if len(frame)
+        else frame
+    )
+
+
 def shown(frame: pd.DataFrame) -> Styler:
     """A table for the eye: `x low` and `x high` become `x [95 % CI]`, numbers are rounded by their unit."""
     return as_text(frame).style.hide(axis="index").set_table_attributes('class="results"')
