@@ -119,11 +119,18 @@ def test_a_record_is_made_again_when_what_it_was_made_from_was(tmp_path, monkeyp
     for minute, run_id in enumerate([*before, record.stem, "01_train-resnet18-tuned-s1"]):
         save_record(str(tmp_path), run_id, settings, None, {})
         date_record(tmp_path / "records" / f"{run_id}.json", minute)
+    exported = tmp_path / "weights" / "resnet18-tuned-s0-fp32.pt"
+    exported.parent.mkdir()
+    exported.touch()
     ensure(record, "04_jit", settings)
     assert made == []  # another seed's training is nothing to it
     date_record(tmp_path / "records" / f"{anew}-resnet18-tuned-s0.json", 5)
     ensure(record, "04_jit", settings)
     assert made == ["04_jit"] and f"is older than {anew}-resnet18-tuned-s0.json" in capsys.readouterr().out
+    date_record(tmp_path / "records" / f"{anew}-resnet18-tuned-s0.json", 0)
+    exported.unlink()  # as a finished study does
+    ensure(record, "04_jit", settings)
+    assert made == ["04_jit"] * 2 and "fp32.pt is missing" in capsys.readouterr().out
 
 
 def date_record(path, minute):

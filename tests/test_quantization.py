@@ -287,8 +287,8 @@ from pathlib import Path
 
 import torch
 
-from helpers.quantize import pt2e, arms as quantization
-from helpers.serve import runtimes
+from helpers.quantize import arms, nncf, pt2e
+from helpers.serve import export, inspection
 from helpers.train.models import ARCHS, build_model, calibrate
 
 folder, images = Path(sys.argv[1]), torch.randn(8, 3, 32, 32)
@@ -297,13 +297,13 @@ for arch in ("resnet18", "resnet50"):
     graph = pt2e.prepare_pt2e(models[arch])
     calibrate(graph, images)
     assert pt2e.convert_pt2e(graph)(images).isfinite().all()
-runtimes.export_onnx(models["resnet18"], folder / "fp32.onnx")
-runtimes.convert_to_openvino(folder / "fp32.onnx", folder / "fp32.xml")
-runtimes.quantize_openvino(folder / "fp32.xml", images, folder / "ptq_nncf.xml")
-assert {layer["precision"] for layer in runtimes.layers_run_as(folder / "ptq_nncf.xml", "openvino")} == {"int8"}
-assert not quantization.LEGACY
+export.export_onnx(models["resnet18"], folder / "fp32.onnx")
+export.convert_to_openvino(folder / "fp32.onnx", folder / "fp32.xml")
+nncf.quantize_openvino(folder / "fp32.xml", images, folder / "ptq_nncf.xml")
+assert {layer["precision"] for layer in inspection.layers_run_as(folder / "ptq_nncf.xml", "openvino")} == {"int8"}
+assert not arms.LEGACY
 try:
-    quantization.fusee
+    arms.fusee
 except AttributeError:
     print("a typo is a typo")
 from helpers.quantize.arms import fuse, QCONFIGS

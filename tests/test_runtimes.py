@@ -201,7 +201,8 @@ def test_nncf_s_qat_is_refused_before_the_training_where_its_extension_cannot_ru
 def test_openvino_s_own_benchmark_is_read_in_its_unit(monkeypatch, tmp_path, said, ms):
     answers = iter([said, ""])
     monkeypatch.setattr(
-        "helpers.runtimes.subprocess.run", lambda *_, **__: SimpleNamespace(stdout=next(answers), stderr="no model")
+        "helpers.serve.runtimes.subprocess.run",
+        lambda *_, **__: SimpleNamespace(stdout=next(answers), stderr="no model"),
     )
     assert openvino_benchmark_app(tmp_path / "model.xml", threads=1, batch=1) == pytest.approx(ms)
     with pytest.raises(StudyError, match="gave no median"):

@@ -54,6 +54,7 @@ def export_onnx(model: nn.Module, path: Path, size: int = 32) -> None:
     writes it, but eager mode's INT8 layers, which that one refuses (torch 2.14): the deprecated, TorchScript-based one makes
     QDQ pairs of them. Raises StudyError when the exporter fails, or the file does not pass ONNX's own checker.
     """
+    model.eval()  # whose answer is None for a graph of PT2E
     images = (torch.zeros(2, 3, size, size),)
     named = {"input_names": ["images"], "output_names": ["logits"], "verbose": False}
     with whole_file(path) as aside, torch.no_grad(), redirect_stdout(io.StringIO()):
@@ -64,7 +65,7 @@ def export_onnx(model: nn.Module, path: Path, size: int = 32) -> None:
             )
         else:
             free = {"dynamic_shapes": ANY_BATCH, "opset_version": OPSET}
-            program = torch.onnx.export(model.eval(), images, dynamo=True, **free, **named)
+            program = torch.onnx.export(model, images, dynamo=True, **free, **named)
             for node in program.model.graph:  # which it numbers; weights keep PyTorch's names
                 if node.op_type in ("Conv", "Gemm") and node.inputs[1].name.endswith(".weight"):
                     node.name = node.inputs[1].name.removesuffix(".weight")
@@ -94,7 +95,7 @@ def export_aotinductor(model: nn.Module, path: Path, threads: Sequence[int] = (1
                 torch.set_num_threads(count)
                 with whole_file(path if count == threads[-1] else package_for(path, count)) as aside:
                     aside.unlink()
-                    torch._inductor.aoti_compile_andpackage_for(
+                    torch._inductor.aoti_compile_and_package(
                         program, package_path=str(aside), inductor_configs=INDUCTOR
                     )
     finally:

@@ -83,7 +83,7 @@ def _inductor(model: nn.Module) -> Predictor:
 
 def _aotinductor(path: Path, threads: int) -> Predictor:
     fitting = package_for(path, threads)
-    package = torch._inductor.aoti_loadpackage_for(str(fitting if fitting.exists() else path))
+    package = torch._inductor.aoti_load_package(str(fitting if fitting.exists() else path))
 
     def predictor(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
