@@ -16,13 +16,23 @@ from torchvision.models import resnet
 from helpers.files import StudyError
 from helpers.train.models import BasicBlock, Bottleneck, ResidualAdd, ResNet, as_quantizable, calibrate, run_hooked
 
+
+class NoEagerMode(StudyError, ImportError):
+    """PyTorch has lost its eager-mode quantization: importing this module ends in a sentence."""
+
+
 # Announced years ahead and still in torch 2.14; the study measures this path because the reference study took it.
 warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel", category=UserWarning)
 # The default observers use a narrower range on purpose (reduce_range, against saturation without VNNI).
 warnings.filterwarnings("ignore", message="Please use quant_min and quant_max to specify the range")
-from torch.ao import quantization as tq  # noqa: E402
-from torch.ao.nn import quantized as nnq  # noqa: E402
+try:
+    from torch.ao import quantization as tq
+    from torch.ao.nn import quantized as nnq
+except ImportError as error:
+    raise NoEagerMode(
+        f"torch {torch.__version__} has no torch.ao.quantization; install an older torch for this."
+    ) from error
 
 ENGINES = tuple(engine for engine in ("fbgemm", "x86") if engine in torch.backends.quantized.supported_engines)
 
