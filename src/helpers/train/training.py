@@ -5,6 +5,7 @@ Called by notebooks; calls `data`, `models` (for the predictor), `machine`, `pro
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -80,8 +81,12 @@ class Evaluation:
 
 
 def evaluate(predictor: Predictor, dataset: Dataset, split: Split, batch_size: int = 250) -> Evaluation:
-    """Score a predictor (any runtime, see `runtimes.load_predictor`) on every image of `split`."""
+    """Score a predictor (any runtime, see `runtimes.load_predictor`) on every image of `split`.
+
+    batch_size: at most; batches are of equal size where that is possible, because some runtimes compile for each size.
+    """
     predictions = []
+    batch_size = math.ceil(len(split) / math.ceil(len(split) / batch_size))
     for start in range(0, len(split), batch_size):
         images = dataset.normalise(split.images[start : start + batch_size])
         predictions.append(predictor(images.cpu().numpy()).argmax(axis=1).astype(np.uint8))
