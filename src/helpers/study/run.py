@@ -73,9 +73,9 @@ def _with_profile(name: str, arguments: list[str]) -> list[str]:
 
 
 def _slowest_first(profile: Profile, run: Path) -> list[str]:
-    """Of several models the largest goes first, so that no core waits for it at the end."""
+    """Of several models the largest is exported first, so that no core waits for it at the end."""
     slowest = max(profile.timed(), key=lambda model: SIZE_OF[model["arch"]])
-    return ["--prioritize", f"{run}/records/{run_name('06_benchmark', **slowest)}.json"]
+    return ["--prioritize", f"{run}/records/{run_name('05_onnx_openvino', **slowest)}.json"]
 
 
 def _snakemake(arguments: list[str]) -> int:
