@@ -5,6 +5,7 @@ Snakemake and the notebooks print is in the run's study.log.
 Source: https://github.com/snakemake/snakemake-interface-logger-plugins
 """
 
+import os
 import re
 import time
 from logging import LogRecord
@@ -15,8 +16,9 @@ import nbformat
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from helpers.study.pipeline import NOTEBOOKS, SIZE_OF
+from helpers.study.pipeline import NOTEBOOKS, SIZE_OF, Profile, load_profile
 
+PROFILE = "STUDY_PROFILE"  # environment variable: the profile that runs
 LAST_LINES = 15  # of a failed cell, on the screen
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -24,6 +26,12 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 def minutes_of(rule: str, arch: str = "resnet18") -> float:
     """Minutes that a rule is expected to take on two cores, for one model; only ratios matter."""
     return NOTEBOOKS[rule].minutes * SIZE_OF[arch] if rule in NOTEBOOKS else 0.7
+
+
+def mean_minutes(rule: str, profile: Profile) -> float:
+    """The mean of `minutes_of` over the models that a rule runs for under a profile."""
+    archs = [model.get("arch", "resnet18") for model in profile.planned(rule)] if rule in NOTEBOOKS else ["resnet18"]
+    return sum(minutes_of(rule, arch) for arch in archs) / max(1, len(archs))
 
 
 def cell_that_failed(notebook: Path) -> list[str]:
@@ -43,8 +51,9 @@ def cell_that_failed(notebook: Path) -> list[str]:
 class Progress:
     """How far a run is: jobs are counted, and what is left is estimated from how long the finished ones took."""
 
-    def __init__(self) -> None:
-        """A run that begins now."""
+    def __init__(self, profile: Profile) -> None:
+        """A run of a profile that begins now."""
+        self.profile = profile
         self.started = time.monotonic()
         self.total = 0
         self.begun: dict[int, tuple[str, float, float]] = {}  # jobid -> name, expected minutes, when it started
@@ -55,7 +64,7 @@ class Progress:
         """jobs: rule -> how many there are to do."""
         counted = {rule: count for rule, count in jobs.items() if rule not in ("all", "total")}
         self.total = sum(counted.values())
-        self.left = sum(count * minutes_of(rule) for rule, count in counted.items())
+        self.left = sum(count * mean_minutes(rule, self.profile) for rule, count in counted.items())
 
     def start(self, job: int, rule: str, wildcards: dict[str, str]) -> str:
         """The line for a job that starts."""
@@ -87,7 +96,7 @@ class LogHandler(LogHandlerBase):
 
     def __post_init__(self) -> None:
         """Called once Snakemake has set the handler up."""
-        self.progress = Progress()
+        self.progress = Progress(load_profile(os.environ[PROFILE]))
         self.failed = False
 
     def emit(self, record: LogRecord) -> None:
@@ -103,11 +112,13 @@ class LogHandler(LogHandlerBase):
                 self._say(self.progress.end(facts["job_id"]))
             case LogEvent.JOB_ERROR:
                 self._failed(facts["rule_name"], [Path(str(log)) for log in facts["log"]])
+            case LogEvent.ERROR if facts.get("exception") == "RuleException":
+                self.failed = True  # of a job, whose JOB_ERROR follows and says more
             case LogEvent.ERROR | None if record.levelname in ("ERROR", "CRITICAL") and not self.failed:
                 self._say(record.getMessage())
 
     def _failed(self, rule: str, logs: list[Path]) -> None:
-        self.failed = True  # what Snakemake says of it afterwards is less than what follows here
+        self.failed = True
         self._say(f"FAILED  {rule}")
         for notebook in logs:
             for line in cell_that_failed(notebook):

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from helpers.files import StudyError, check_writable
 from helpers.quantize.arms import ENGINES, LEGACY, NO_LEGACY, QCONFIG_NAMES
+from helpers.report.schema import ARMS
 from helpers.train.data import DATA_NAMES
 from helpers.train.models import ARCHS
 from helpers.train.training import PRECISIONS, RECIPES
@@ -58,7 +59,7 @@ PARAMETERS: dict[str, Any] = {
     "probed_images": Positive,
     "control_images": Positive,
     "archs": Annotated[list[Arch], Field(min_length=1)],
-    "arms": list[str],
+    "arms": list[Literal[*ARMS]],
     "as_reference": bool,
     "first_calls": bool,
     "width": Annotated[float, Field(ge=0)],

@@ -51,15 +51,15 @@ class Notebook:
 
 
 NOTEBOOKS: dict[str, Notebook] = {
-    "01_train": Notebook("trained", 0.8, trains=True),
+    "01_train": Notebook("trained", 0.7, trains=True),
     "02_ptq": Notebook("trained", 0.3, needs=("01_train",), eager_int8=True),
-    "03_qat": Notebook("trained", 0.8, needs=("01_train",), trains=True, eager_int8=True),
+    "03_qat": Notebook("trained", 0.5, needs=("01_train",), trains=True, eager_int8=True),
     "04_jit": Notebook("served", 0.4, ("02_ptq", "03_qat"), clocks=True, eager_int8=True, float_exports=(".pt",)),
     "05_onnx_openvino": Notebook(
         "served", 0.5, ("01_train", "02_ptq", "03_qat"), clocks=True, float_exports=(".onnx", ".xml")
     ),
-    "06_benchmark": Notebook("timed", 1.5, ("04_jit", "05_onnx_openvino"), alone=True),
-    "07_analysis": Notebook("none", 0.5, reads=True),
+    "06_benchmark": Notebook("timed", 0.8, ("04_jit", "05_onnx_openvino"), alone=True),
+    "07_analysis": Notebook("none", 0.3, reads=True),
     "08_carry_over": Notebook("none", 3, alone=True, experiment=True),
     "09_ptq_collapse": Notebook("none", 5, trains=True, experiment=True, eager_int8=True),
     "11_dead_taps": Notebook(
@@ -78,7 +78,7 @@ READERS = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.reads)
 # A profile may leave these out for some of its models: they belong to a model, and no other notebook needs their results.
 OPTIONAL = tuple(n for n, notebook in NOTEBOOKS.items() if notebook.experiment and notebook.models != "none")
 # How much longer than ResNet18's all that is done to a model takes.
-SIZE_OF = {"resnet18": 1.0, "resnet18_cifar": 5.0, "resnet34": 1.8, "resnet50": 3.5}
+SIZE_OF = {"resnet18": 1.0, "resnet18_cifar": 5.0, "resnet34": 1.3, "resnet50": 2.0}
 # What a profile says with its models and its name, and nowhere else.
 OF_THE_MODEL = ("arch", "recipe", "seed", "run_dir")
 # Which images: the same for all that is done to a model, so a profile says it under `common`.

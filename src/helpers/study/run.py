@@ -56,7 +56,7 @@ def run_study(name: str, arguments: list[str]) -> int:
             print(f"{NO_LEGACY} Notebooks left out: {', '.join(LEFT_OUT)}.", flush=True)
         started = time.monotonic()
         with _watched(run) as peak:
-            code = _snakemake([*SNAKEMAKE, *_slowest_first(profile, run), *_with_profile(name, arguments)])
+            code = _snakemake(name, [*SNAKEMAKE, *_slowest_first(profile, run), *_with_profile(name, arguments)])
         if code:
             print(f"The study stopped; all it printed is in {run / 'study.log'}. The same command goes on from here.")
             return code
@@ -78,7 +78,8 @@ def _slowest_first(profile: Profile, run: Path) -> list[str]:
     return ["--prioritize", f"{run}/records/{run_name('05_onnx_openvino', **slowest)}.json"]
 
 
-def _snakemake(arguments: list[str]) -> int:
+def _snakemake(name: str, arguments: list[str]) -> int:
+    os.environ[console.PROFILE] = name
     LoggerPluginRegistry().register_plugin("snakemake_logger_plugin_study", console)
     try:
         snakemake(arguments)
