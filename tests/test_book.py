@@ -116,7 +116,7 @@ def test_the_claims_page_says_which_findings_hold_here_and_where_each_comes_from
 
 def test_a_sentence_of_the_findings_leads_to_its_claim(site):
     page = (site[1] / "findings.html").read_text()
-    assert 'href="claims.html#' in page and "claim:" not in page
+    assert 'href="claims.html#claim-' in page and "claim:" not in page
 
 
 def test_chapters_carry_the_code_of_their_notebooks(smoke):

@@ -41,7 +41,7 @@ def copy_pages(target: Path) -> None:
     for source in PAGES.glob("*.*"):
         shutil.copy(source, target / source.name)
     for page in target.glob("*.md"):
-        page.write_text(claims.CITED.sub(r"[<sup>claim</sup>](claims.md#\1)", page.read_text()))
+        page.write_text(claims.CITED.sub(r"[<sup>claim</sup>](#claim-\1)", page.read_text()))
     shutil.copytree(PAGES / "_static", target / "_static", dirs_exist_ok=True)
 
 
@@ -144,7 +144,7 @@ def _markdown(frame: pd.DataFrame) -> str:
 def verdicts(published: Results, here: Results | None = None) -> pd.DataFrame:
     """A line for each claim: its sentence, linked to what it rests on, and whether it holds in the published results and here."""
     checked = claims.check(published)
-    links = [f"[{line.sentence}](claims.md#{line.id})" for line in checked.itertuples()]
+    links = [f"[{line.sentence}](#claim-{line.id})" for line in checked.itertuples()]
     frame = pd.DataFrame({"claim": links, "published": checked.status})
     return frame if here is None else frame.assign(**{"this run": claims.check(here).status})
 
@@ -156,7 +156,7 @@ def evidence(results: Results, book: Path) -> str:
     for claim in claims.CLAIMS:
         of = every[every.id == claim.id]
         values = of[["what", "value", "low", "high", "unit", "n", "seeds", "status"]]
-        parts += [f"({claim.id})=\n### {claim.id}", claim.sentence, _markdown(values.reset_index(drop=True))]
+        parts += [f"(claim-{claim.id})=\n### {claim.id}", claim.sentence, _markdown(values.reset_index(drop=True))]
         machines = [machine for machine in dict.fromkeys(of.machine) if machine]
         parts += [f"Timed on: {machine}." for machine in machines]
         runs = dict.fromkeys(run for ids in of.run_ids for run in ids.split())
