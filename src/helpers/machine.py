@@ -1,4 +1,4 @@
-"""What a number was made on: the facts of this machine that every record carries. Calls no other helper."""
+"""What a number was made on: the facts of this machine that every record carries."""
 
 import importlib.metadata
 import platform

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 CONSOLE = "STUDY_CONSOLE"  # environment variable: the file from which `helpers.study` takes lines that it shows
 
-# A notebook that another one runs (`parameters.ensure`) is a child of that one's kernel.
+# A notebook that another one runs (`pipeline.ensure`) is a child of that one's kernel.
 BATCH_RUNNERS = ("papermill", "nbconvert", "nbclient", "jupyter-execute", "snakemake", "ipykernel")
 
 

@@ -1,6 +1,6 @@
 """INT8 quantization of the study's models: what all ways share, and the eager-mode functions while PyTorch has them.
 
-Calls `eager`, `pt2e` and `models`.
+Every arm by its weights file; and the functions of eager mode, as long as PyTorch has it.
 """
 
 import io
@@ -84,7 +84,7 @@ def load_arm(path: Path, engine: str = "fbgemm", arch: str | None = None) -> nn.
     """Load the model that a weights file of any arm stands for, ready to run: float, or INT8 with kernels of `engine`.
 
     INT8 arms are stored as they are before `convert` (weights and observers), because their file must hold no pickle;
-    `convert` gives the same INT8 model every time. What is trimmed (see `models.trim_dead_taps`) says whether it was
+    `convert` gives the same INT8 model every time. What is trimmed (see `taps.trim_dead_taps`) says whether it was
     before or after the quantization. What was calibrated only needs the float file of its `base` beside it. Raises StudyError for a file that cannot be used, see `load_weights`.
     """
     state, metadata = load_weights(path, arch)
@@ -129,7 +129,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], metadata: dict[str, str], 
 def save_calibrated(path: Path, prepared: nn.Module, fused: nn.Module, metadata: dict[str, str]) -> None:
     """Write what calibration added to a model: the observers of `prepared`, made of `fused`, whose weights stay in their own file.
 
-    metadata: see `models.save_weights`; also `arm`, `qconfig`, and `base`, the float arm that `fused` came from, saved beside.
+    metadata: see `weights.save_weights`; also `arm`, `qconfig`, and `base`, the float arm that `fused` came from, saved beside.
     """
     before = fused.state_dict()
     added = {

@@ -1,7 +1,7 @@
 """Eager-mode INT8 quantization of the study's models, in PyTorch's own terms; deprecated, as the reference study used it.
 
-The only importer of `torch.ao`: when PyTorch drops it, this file goes. Called by `quantization` only, which passes its
-functions on as long as they are there; calls `models`.
+The only importer of `torch.ao`: when PyTorch drops it, this file goes. `arms` passes its functions on
+as long as they are there.
 """
 
 import copy

@@ -72,7 +72,7 @@ def freeze_observers_pt2e(prepared: nn.Module) -> None:
 
 
 def prepared_state(prepared: nn.Module) -> dict[str, Tensor]:
-    """State of a prepared graph for `models.save_weights`; activations that share an observer get a copy each."""
+    """State of a prepared graph for `weights.save_weights`; activations that share an observer get a copy each."""
     return {name: tensor.clone() for name, tensor in prepared.state_dict().items()}
 
 

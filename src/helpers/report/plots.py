@@ -53,7 +53,7 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: Sequence
 
 
 def layer_bars(sqnr: Mapping[str, float]) -> Figure:
-    """SQNR in dB of each layer, in order of execution. sqnr: layer -> dB as `quantization.layer_sqnr` returns it."""
+    """SQNR in dB of each layer, in order of execution. sqnr: layer -> dB as `eager.layer_sqnr` returns it."""
     figure, axis = plt.subplots(figsize=(max(7, 0.2 * len(sqnr)), 3.6))
     sns.barplot(x=list(sqnr), y=list(sqnr.values()), color=sns.color_palette()[0], ax=axis)
     axis.set(xlabel="", ylabel="SQNR, dB")

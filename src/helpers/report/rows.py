@@ -1,7 +1,7 @@
 """Rows of a record, many at once: pure functions of what a notebook has measured.
 
 `model` is always a mapping that holds at least arch, recipe and seed, such as the parameters of the notebook. The rows go
-to `records.save_record`; the columns stand in `records.COLUMNS`.
+to `records.save_record`; the columns stand in `schema.COLUMNS`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def accuracy_rows(model: Mapping[str, Any], data: str, results: Mapping[Served, 
 
 
 def predictions_by_key(results: Mapping[Served, "Evaluation"]) -> dict[str, np.ndarray]:
-    """The predicted classes that stand beside a record: `records.prediction_key` -> uint8 [n]."""
+    """The predicted classes that stand beside a record: `schema.prediction_key` -> uint8 [n]."""
     return {prediction_key(*served): found.predictions for served, found in results.items()}
 
 

@@ -154,7 +154,7 @@ def speedup_interval(
 ) -> tuple[float, float]:
     """Percentile interval for how many times faster a candidate is: median of `baseline_ms` over median of `candidate_ms`.
 
-    baseline_ms, candidate_ms: ms > 0, [rounds], of one `measure.time_interleaved`: each draw takes rounds with replacement, the same
+    baseline_ms, candidate_ms: ms > 0, [rounds], of one `timing.time_interleaved`: each draw takes rounds with replacement, the same
     for both, so a slow moment that hit both counts for none. The ratio of the medians, not the median of the ratios of the
     rounds, because it is the number beside which the interval is shown. It covers the rounds of one process; what another
     start of it, or another machine, would give is not in it. seed: of the draws. Returns (low, high). Raises ValueError if

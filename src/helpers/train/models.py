@@ -1,6 +1,6 @@
-"""The models: torchvision's ResNets with a ReLU module for each activation, and their weights as safetensors files.
+"""The models: torchvision's ResNets with a ReLU module for each activation, and what every use of a module needs.
 
-Imports neither torch.ao nor torchvision's quantizable models. Calls no other helper but `files`.
+Imports neither torch.ao nor torchvision's quantizable models.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Training recipes, the one training loop and the one evaluation of the study.
 
-Called by notebooks; calls `data`, `models` (for the predictor), `machine`, `progress` and `files`.
+Called by notebooks.
 """
 
 import hashlib
@@ -133,7 +133,7 @@ def fit(
     may train and another go on, see `trained_on`. The caller deletes it once the result is safe. before_step(model, done):
     called before every step, `done` the finished part of the training in [0, 1); a change that it makes at some point must
     hold from there on, because a resumed training starts at an epoch. live_taps_only: of a float model, leave out the taps
-    that see only padding (models.trim_dead_taps); they get no gradient, so the outputs are the same, and they keep the values
+    that see only padding (taps.trim_dead_taps); they get no gradient, so the outputs are the same, and they keep the values
     that they had.
     Rows have epoch (from 1), lr (at the end of the epoch), train_loss, val_accuracy in [0, 1], seconds (of training
     and `before_step`, validation left out) and images_per_second. Raises StudyError when the loss or a weight is no longer finite.
