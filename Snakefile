@@ -3,6 +3,7 @@
 # last and whole. Executed notebooks are logs, so that a failed one is kept with its traceback.
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,7 +23,9 @@ threads_each = max(1, min(4, CORES // len(PROFILE.trained()) if workflow.cores e
 PYTHON = shlex.quote(sys.executable)
 # What the notebooks print goes into one log; the console says what starts and what ends, see helpers.study.console.
 LOGGED = f" >> {RUN}/study.log 2>&1"
-PAPERMILL = f"{PYTHON} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}" + LOGGED
+# A notebook ends with the study that started it, even if that is killed (Linux).
+WITH_THE_STUDY = "exec setpriv --pdeathsig TERM " if shutil.which("setpriv") else ""
+PAPERMILL = f"{WITH_THE_STUDY}{PYTHON} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}" + LOGGED
 MODEL = "-{arch}-{recipe}-s{seed}"
 FIRST = PROFILE.trained()[0]
 # What notebooks make that run once for all models: 8 times random weights, 9 trains models of its own, 7 gathers all records.
