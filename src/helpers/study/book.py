@@ -109,9 +109,6 @@ def write_data(published: Results, book: Path, here: Results | None = None) -> N
     data.mkdir(parents=True, exist_ok=True)
     frames = {
         "readme": readme_table(published),
-        "headline": tables.headline(published),
-        "qat": tables.qat(published),
-        "observers": tables.observers(published),
         "machines": tables.machines(published),
         "reference1": tables.reference(published, 1),
         "reference2": tables.reference(published, 2),
@@ -169,7 +166,7 @@ def _origin(run_id: str, results: Results, book: Path) -> str:
     """A run_id, linked to the executed chapter of its notebook where the book has one, with its commit."""
     notebook = run_id.split("-")[0]
     chapter = book / "chapters" / f"{notebook}.ipynb"
-    link = f"[{run_id}](chapters/{notebook}.ipynb)" if chapter.exists() else f"`{run_id}`"
+    link = f"[{run_id}](/chapters/{notebook}.ipynb)" if chapter.exists() else f"`{run_id}`"
     return f"{link} ({results.runs.get(run_id, {}).get('commit', 'unknown')[:9]})"
 
 
