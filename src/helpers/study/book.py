@@ -125,12 +125,12 @@ def write_data(published: Results, book: Path, here: Results | None = None) -> N
 
 
 def readme_table(results: Results) -> pd.DataFrame:
-    """The table of README and findings: `tables.first_screen` with milliseconds and times in one column."""
+    """The table of README and findings: `tables.first_screen` with milliseconds, and times faster, in one column."""
     text = tables.as_text(tables.first_screen(results))
     for column in [column for column in text if column.endswith(", ms")]:
         condition = column.removesuffix(", ms")
         text[column] = text[column] + " (" + text.pop(f"{condition}, times") + "x)"
-        text = text.rename(columns={column: f"{condition}: ms (times)"})
+        text = text.rename(columns={column: condition})
     return text
 
 
@@ -287,11 +287,11 @@ def publish(profile: str, published: Path = PAGES, readme: Path = README) -> Pat
         results = Results.open(aside / "results")
         if (figure := figures.carry_over(results)) is not None:
             figure.savefig(aside / "results" / "carry_over.png", dpi=110)
+        table = _markdown(readme_table(results))
         page = published_book(published=aside)
         for part in ("results", "chapters"):
             shutil.rmtree(published / part, ignore_errors=True)
             shutil.copytree(aside / part, published / part)
-    table = _markdown(readme_table(results))
     with whole_file(readme) as new:
         new.write_text(TABLE.sub(lambda mark: mark[1] + table + mark[2], readme.read_text()))
     return page
