@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """What shares the run directory of the smoke study stays in one process; the unit tests run in the other one meanwhile."""
     for item in items:
