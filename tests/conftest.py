@@ -10,14 +10,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """What shares the run directory of the smoke study stays in one process; the unit tests run in the other one meanwhile."""
-    for item in items:
-        if "smoke" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("smoke"))
-
-
 @pytest.fixture(autouse=True)
 def _from_the_top_folder(monkeypatch):
     monkeypatch.chdir(ROOT)
