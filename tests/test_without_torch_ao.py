@@ -36,7 +36,7 @@ def test_when_torch_ao_is_gone_the_study_runs_without_its_legacy_rows_and_says_s
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     study = tmp_path / "study"
     for part in ("notebooks", "profiles", "book"):
-        shutil.copytree(ROOT / part, study / part, ignore=shutil.ignore_patterns("results", "chapters", "_build"))
+        shutil.copytree(ROOT / part, study / part, ignore=shutil.ignore_patterns("chapters", "_build"))
     shutil.copy(ROOT / "Snakefile", study)
     (study / "profiles" / "little.yml").write_text(LITTLE)
     done = run(sys.executable, "-m", "helpers.study.run", "little", cwd=study, PYTHONPATH=path)
