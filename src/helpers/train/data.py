@@ -1,5 +1,4 @@
-"""The images of the study: CIFAR-10 and the digits that come with scikit-learn, in memory as uint8.
-"""
+"""The images of the study: CIFAR-10 and the digits that come with scikit-learn, in memory as uint8."""
 
 import hashlib
 import io
