@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import nbformat
@@ -20,7 +19,7 @@ from helpers.report import claims
 from helpers.report.results import Results
 from helpers.serve.runtimes import RUNTIMES
 from helpers.study.book import EARLIER, README, is_of_today, mark_if_earlier, publish, published_book
-from helpers.study.pipeline import NOTEBOOKS
+from helpers.study.pipeline import NOTEBOOKS, ensure
 from helpers.study.repository import repository_url, rewrite
 
 # One file, because its tests share the run directory of the smoke study: a file stays in one process.
@@ -88,15 +87,13 @@ def test_a_study_shows_a_line_a_notebook_its_headline_and_which_findings_hold(sm
     assert "jobid" not in console and "Executing notebook" in (smoke / "study.log").read_text()
 
 
-def test_a_finished_study_leaves_no_float_exports_and_a_notebook_makes_them_again(smoke, tmp_path):
-    assert not [*(smoke / "weights").glob("*-fp32.onnx")] and [*(smoke / "weights").glob("*-ptq.onnx")]
-    run_dir = tmp_path / "run"
+def test_a_finished_study_leaves_no_float_exports_and_they_are_made_again_with_the_same_settings(smoke, tmp_path):
+    assert not [*(smoke / "weights").glob("*-fp32.pt")] and [*(smoke / "weights").glob("*-ptq.pt")]
     for part in ("records", "weights"):
-        shutil.copytree(smoke / part, run_dir / part)
-    small = "{limit: 256, calibration_images: 64, rounds: 2, app_seconds: 1, arms: [fp32, ptq_nncf]}"
-    done = papermill("06_benchmark", tmp_path / "out.ipynb", "-p", "run_dir", run_dir, "-y", small)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (run_dir / "weights" / "resnet18-tuned-s0-fp32.xml").exists()
+        shutil.copytree(smoke / part, tmp_path / part)
+    record = tmp_path / "records" / "04_jit-resnet18-tuned-s0.json"
+    ensure(record, "04_jit", {"run_dir": str(tmp_path), "limit": 256})
+    assert (tmp_path / "weights" / "resnet18-tuned-s0-fp32.pt").exists()
 
 
 PT2E_RUNTIMES = ("inductor", "aotinductor", "onnxruntime", "openvino")
@@ -114,9 +111,8 @@ def _may_be_refused(arm, runtime):
 
 def test_a_second_study_finds_everything_done(smoke):
     before = {path: path.stat().st_mtime_ns for path in (smoke / "records").iterdir()}
-    started = time.monotonic()
     done = run(sys.executable, "-m", "helpers.study.run", "smoke")
-    assert done.returncode == 0 and time.monotonic() - started < 60
+    assert done.returncode == 0, done.stderr[-2000:]
     assert before == {path: path.stat().st_mtime_ns for path in (smoke / "records").iterdir()}
 
 

@@ -211,6 +211,7 @@ def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **c
         if not newer and not gone:
             return
         why = f"{record} is older than {newer[0].name}, from which it was made" if newer else f"{gone[0]} is missing"
+        asked = run["parameters"] | asked  # made again as it was
     import papermill
 
     print(f"{why}; {notebook} makes it: running it now with the same settings.", flush=True)
