@@ -182,17 +182,22 @@ def only_what_is_there(book: Path) -> None:
     contents["parts"] = [part for part in contents["parts"] if part["chapters"]]
     (book / "_toc.yml").write_text(yaml.safe_dump(contents, sort_keys=False))
     for page in [*book.glob("*.md"), *(book / "data").glob("*.md")]:
-        page.write_text(_without_dead_links(page.read_text(), book))
+        page.write_text(_without_dead_links(page.read_text(), book, book))
     for chapter in (book / "chapters").glob("*.ipynb"):
         notebook = nbformat.read(chapter, as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
-                cell.source = _without_dead_links(cell.source, chapter.parent)
+                cell.source = _without_dead_links(cell.source, chapter.parent, book)
         nbformat.write(notebook, chapter)
 
 
-def _without_dead_links(text: str, folder: Path) -> str:
-    return LINK.sub(lambda link: link[0] if (folder / link["file"]).exists() else link["text"], text)
+def _without_dead_links(text: str, folder: Path, book: Path) -> str:
+    """Links are relative to the `folder` of their page, or, when they begin with a slash, to the top of the `book`."""
+
+    def there(file: str) -> bool:
+        return (book / file[1:] if file.startswith("/") else folder / file).exists()
+
+    return LINK.sub(lambda link: link[0] if there(link["file"]) else link["text"], text)
 
 
 def build(book: Path) -> Path:
