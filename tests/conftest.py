@@ -15,6 +15,11 @@ def _from_the_top_folder(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def pytest_collection_modifyitems(items):
+    """The tests of the smoke study first: they take longest, and the other process has all the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_study.py")
+
+
 def run(*command, cwd=ROOT, **environment):
     """Run a command; the finished process with its output as text."""
     settings = {k: v for k, v in os.environ.items() if k != "CIFAR10_ROOT"} | environment
@@ -41,7 +46,7 @@ def smoke():
     import shutil
 
     shutil.rmtree(ROOT / "runs" / "smoke", ignore_errors=True)
-    done = run(sys.executable, "-m", "helpers.study.run", "smoke", "--cores", "1")
+    done = run(sys.executable, "-m", "helpers.study.run", "smoke", "--max-threads", "1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert done.stdout.splitlines()[-1].endswith("index.html")
     (ROOT / "runs" / "smoke" / "console.txt").write_text(done.stdout)

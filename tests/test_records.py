@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from helpers.files import StudyError, whole_file
-from helpers.report.records import (
-    accuracy_row,
-    commit,
-    export_row,
-    gather,
-    save_record,
-    size_row,
-)
+from helpers.report.records import commit, gather, save_record
 from helpers.report.results import Results
+from helpers.report.rows import accuracy_row, export_row, size_row
 from helpers.report.schema import COLUMNS, run_name
 from helpers.study.pipeline import collect
 

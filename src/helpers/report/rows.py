@@ -1,4 +1,4 @@
-"""Rows of a record, many at once: pure functions of what a notebook has measured.
+"""Rows of a record: pure functions of what a notebook has measured.
 
 `model` is always a mapping that holds at least arch, recipe and seed, such as the parameters of the notebook. The rows go
 to `records.save_record`; the columns stand in `schema.COLUMNS`.
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from helpers.report.records import accuracy_row, profile_row
 from helpers.report.schema import prediction_key
 from helpers.report.stats import wilson_interval
 
@@ -19,6 +18,72 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 # Arm, runtime and INT8 engine, which is empty where the runtime has no such choice.
 Served = tuple[str, str, str]
+
+
+def accuracy_row(
+    of: Mapping[str, Any],
+    arm: str,
+    runtime: str,
+    data: str,
+    correct: int,
+    n: int,
+    interval: tuple[float, float],
+    engine: str = "",
+) -> dict[str, Any]:
+    """One row of accuracy.csv for the test split. of: holds arch, recipe and seed; interval: (low, high) in [0, 1]."""
+    return {
+        **{key: of[key] for key in ("arch", "recipe", "seed")},
+        **{"arm": arm, "runtime": runtime, "engine": engine, "data": data, "split": "test", "n": n, "correct": correct},
+        **{"accuracy": correct / n, "ci_low": interval[0], "ci_high": interval[1]},
+    }
+
+
+def size_row(
+    arch: str, arm: str, runtime: str, parameters: int, weight_bytes: int, artifact_bytes: int
+) -> dict[str, Any]:
+    """One row of size.csv, less the recipe and seed, which `save_record` takes from the parameters of the run."""
+    return {
+        **{"arch": arch, "arm": arm, "runtime": runtime, "parameters": parameters},
+        **{"weight_bytes": weight_bytes, "artifact_bytes": artifact_bytes},
+    }
+
+
+def export_row(
+    of: Mapping[str, Any],
+    arm: str,
+    runtime: str,
+    export_seconds: float | None = None,
+    first_call_ms: float | None = None,
+    agreement: float | None = None,
+    n: int | None = None,
+    reason: str = "",
+) -> dict[str, Any]:
+    """One row of exports.csv. of: holds arch, recipe and seed; agreement: with the source model, in [0, 1], on n images."""
+    return {
+        **{key: of[key] for key in ("arch", "recipe", "seed")},
+        **{"arm": arm, "runtime": runtime, "export_seconds": export_seconds, "first_call_ms": first_call_ms},
+        **{"agreement": agreement, "n": n, "reason": reason},
+    }
+
+
+def profile_row(
+    of: Mapping[str, Any],
+    check: str,
+    setting: str,
+    value: float,
+    unit: str = "",
+    arm: str = "",
+    runtime: str = "",
+    engine: str = "",
+    threads: int = 0,
+    batch: int = 0,
+) -> dict[str, Any]:
+    """One row of profile.csv. of: holds arch and recipe; threads and batch are 0 where they do not apply."""
+    return {
+        **{key: of[key] for key in ("arch", "recipe")},
+        **{"arm": arm, "runtime": runtime, "engine": engine, "threads": threads, "batch": batch},
+        **{"check": check, "setting": setting, "value": float(value), "unit": unit},
+    }
 
 
 def training_rows(model: Mapping[str, Any], histories: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -55,7 +120,7 @@ def profile_rows(
     """Rows of profile, one for each setting whose value is there; NaN is left out.
 
     values: setting -> number in `unit`; a pandas Series is one, too. where: arm, runtime, engine, threads, batch, as
-    `records.profile_row` takes them.
+    `profile_row` takes them.
     """
     found = ((str(setting), float(value)) for setting, value in values.items())
     return [profile_row(model, check, setting, value, unit, **where) for setting, value in found if value == value]

@@ -1,6 +1,6 @@
 """`make study`: check everything, lock the run directory, let Snakemake run the notebooks, say what came out.
 
-Command line: python -m helpers.study PROFILE [arguments for snakemake].
+Command line: python -m helpers.study.run PROFILE [arguments for snakemake].
 """
 
 import fcntl
@@ -24,7 +24,7 @@ from helpers.report import claims, tables
 from helpers.report.results import Results
 from helpers.report.schema import run_name
 from helpers.study import console
-from helpers.study.pipeline import LEFT_OUT, SIZE_OF, Profile, load_profile
+from helpers.study.pipeline import LEFT_OUT, NOTEBOOKS, SIZE_OF, Profile, load_profile
 from helpers.train.data import check_available
 
 # Those that this process may use, which may be fewer than the machine has.
@@ -73,9 +73,18 @@ def _with_profile(name: str, arguments: list[str]) -> list[str]:
 
 
 def _slowest_first(profile: Profile, run: Path) -> list[str]:
-    """Of several models the largest is exported first, so that no core waits for it at the end."""
-    slowest = max(profile.timed(), key=lambda model: SIZE_OF[model["arch"]])
-    return ["--prioritize", f"{run}/records/{run_name('05_onnx_openvino', **slowest)}.json"]
+    """What has the most work before it, itself included, comes first, so that no core waits for it at the end."""
+    targets = {
+        f"{run}/records/{run_name(name, **model)}.json": _minutes_with_needs(name) * SIZE_OF[model["arch"]]
+        for name, notebook in NOTEBOOKS.items()
+        for model in profile.planned(name)
+        if model and not notebook.alone
+    }
+    return ["--prioritize", max(targets, key=lambda target: targets[target])]
+
+
+def _minutes_with_needs(name: str) -> float:
+    return NOTEBOOKS[name].minutes + max(map(_minutes_with_needs, NOTEBOOKS[name].needs), default=0)
 
 
 def _snakemake(name: str, arguments: list[str]) -> int:
