@@ -1,6 +1,8 @@
 import json
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from helpers.files import StudyError
 from helpers.quantize.arms import ENGINES
@@ -40,6 +42,15 @@ def test_bad_parameters_end_in_a_sentence(values, injected, said):
 def test_the_cell_before_the_check_was_forgotten():
     with pytest.raises(StudyError, match="run the cell above"):
         check_parameters({"In": ["", "parameters = check_parameters(globals())"]})
+
+
+def test_a_notebook_works_from_the_top_folder_wherever_it_was_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    check_parameters(namespace({}))
+    assert Path.cwd() == ROOT
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StudyError, match="not found in .* start this notebook from within its folder"):
+        check_parameters(namespace({}))
 
 
 @pytest.mark.parametrize("name", ["smoke", "quick", "full", "cifar10", "reference"])

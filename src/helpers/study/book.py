@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 TABLE = re.compile(r"(<!-- table -->\n).*(<!-- end of table -->)", re.DOTALL)
 BADGE = re.compile(r"\[!\[(?P<text>[^]]*)\]\([^)]*\)\]\((?P<link>[^)]*)\)")
 PLACEHOLDER = "/github/example/"  # until `make repository` has given the study its address
+STYLED = re.compile(r"\bT_[0-9a-f]{5}(?=_|\b)")  # a table of pandas' Styler
 LINK = re.compile(r"\[(?P<text>[^]]+)\]\((?P<file>[\w/.]+\.(?:ipynb|md))(?P<anchor>#[^)]*)?\)")
 EARLIER = ":::{note}\nExecuted with an earlier version of this notebook, whose code is shown.\n:::"
 NOTHING = "*Not measured.*\n"
@@ -46,19 +48,23 @@ def copy_pages(target: Path) -> None:
 
 
 def copy_chapter(executed: Path, chapter: Path) -> None:
-    """Copy an executed notebook, so changed that the book loads nothing from other hosts.
+    """Copy an executed notebook, so changed that the book loads nothing from other hosts, and that the same run gives the same file.
 
-    The Colab badge becomes a text link, and progress bars that need a widget library are left out. Raises StudyError when the
-    notebook was not run.
+    The Colab badge becomes a text link, progress bars that need a widget library are left out, and tables, which pandas names
+    at random, are numbered. Raises StudyError when the notebook was not run.
     """
     if not executed.exists():
         raise StudyError(f"{executed} is missing; run its notebook first.")
     notebook = nbformat.read(executed, as_version=4)
+    numbers: dict[str, str] = defaultdict(lambda: f"T_{len(numbers):05d}")
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = BADGE.sub(_text_link, cell.source)
         else:
             cell.outputs = [output for output in cell.outputs if not _shows_nothing(output)]
+            for output in cell.outputs:
+                if "text/html" in output.get("data", {}):
+                    output.data["text/html"] = STYLED.sub(lambda name: numbers[name[0]], output.data["text/html"])
     for leftover in ("papermill", "widgets"):
         notebook.metadata.pop(leftover, None)
     chapter.parent.mkdir(parents=True, exist_ok=True)
@@ -258,9 +264,6 @@ def _published_copy(run: Path, published: Path) -> Path:
             )
         shutil.rmtree(book / part, ignore_errors=True)
         shutil.copytree(published / part, book / part)
-    for chapter in (book / "chapters").glob("*.ipynb"):
-        if chapter.stem not in NOTEBOOKS:
-            chapter.unlink()
     return book
 
 

@@ -5,6 +5,7 @@ papermill only warns about a misspelt parameter and turns `-p epochs ten` into a
 lists of allowed words stand in the modules that they belong to.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,12 +68,13 @@ PARAMETERS: dict[str, Any] = {
 
 
 def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the parameters of the running notebook and return them by name.
+    """Check the parameters of the running notebook and return them by name, working from the study's top folder from now on.
 
     namespace: the notebook's `globals()`. What its cells (`In`) annotate are the declared parameters; what papermill injected
-    must be among them. Raises StudyError when no cell that ran declares any, for an unknown name, a wrong type, a value that is
+    must be among them. Raises StudyError outside of the study, when no cell that ran declares any, for an unknown name, a wrong type, a value that is
     not allowed, a run_dir that cannot be written, or an INT8 engine where PyTorch has none.
     """
+    _go_to_the_top()
     cells = namespace.get("In", [])
     declared = list(dict.fromkeys(name for cell in cells for name in re.findall(r"^(\w+): \w+ = ", cell, re.MULTILINE)))
     if not declared:
@@ -85,6 +87,15 @@ def check_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     if "run_dir" in values:
         check_writable(Path(values["run_dir"]))
     return values
+
+
+def _go_to_the_top() -> None:
+    """Change to the folder that all paths are relative to: above the notebook's own, or where Colab's setup put it."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, here / "study"):
+        if (folder / "Snakefile").exists():
+            return os.chdir(folder)
+    raise StudyError(f"The study was not found in {here} or above; start this notebook from within its folder.")
 
 
 def _assigned(cell: str) -> list[str]:
