@@ -129,18 +129,11 @@ def test_missing_data_ends_the_study_before_it_starts(tmp_path):
     assert done.returncode != 0 and "(3) leave both unset" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["-p", "epochs", "ten"], "epochs is 'ten'"),
-        (["-p", "epoch", "3"], "epoch is not a parameter"),
-        (["-p", "arch", "resnet19"], "arch is 'resnet19'"),
-    ],
-)
-def test_a_wrong_parameter_ends_in_one_sentence_and_no_work(tmp_path, arguments, said):
-    done = papermill("01_train", tmp_path / "out.ipynb", "-p", "run_dir", tmp_path / "run", *arguments)
+def test_a_wrong_parameter_ends_in_one_sentence_and_no_work(tmp_path):
+    given = ("-p", "run_dir", tmp_path / "run", "-p", "epochs", "ten")
+    done = papermill("01_train", tmp_path / "out.ipynb", *given)
     assert done.returncode != 0
-    assert said in done.stderr.strip().splitlines()[-1]
+    assert "epochs is 'ten'" in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
