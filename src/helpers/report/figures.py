@@ -158,8 +158,7 @@ def load(of: pd.DataFrame) -> Figure | None:
                 group.rate, group.p99_ms, line, color=color, marker=MARKERS[ways.index(tuple(way)) % len(MARKERS)]
             )
         axis.set(xscale="log", yscale="log", xlabel="requests a second", ylabel="99th percentile, ms")
-        log_ticks(axis)
-        axis.yaxis.set_major_formatter("{x:g}")
+        log_ticks(axis, "xy")
     names = [tables.path_label({"arm": arm, "runtime": runtime, "engine": ""}) for arm, runtime in paths]
     handles = [Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(names)]
     for number, (streams, processes, setting) in enumerate(ways):

@@ -304,15 +304,14 @@ def _onnxruntime(service: Service, cores: Sequence[int]) -> list[Callable[[np.nd
 
 
 def _openvino(service: Service, cores: Sequence[int]) -> list[Callable[[np.ndarray], object]]:
-    import openvino
-
-    from helpers.serve.sessions import compile_openvino, openvino_predictor
+    from helpers.serve.sessions import compile_openvino, openvino_predictor, read_openvino
 
     config: dict[str, object] = {"NUM_STREAMS": service.streams}
     if service.pinning:
         config["ENABLE_CPU_PINNING"] = service.pinning == "on"
-    model = openvino.Core().read_model(service.path)
-    compiled = compile_openvino(model, service.batch, service.threads * service.streams, **config)
+    compiled = compile_openvino(
+        read_openvino(Path(service.path)), service.batch, service.threads * service.streams, **config
+    )
     return [openvino_predictor(compiled) for _ in range(service.streams)]
 
 

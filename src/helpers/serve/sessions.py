@@ -26,6 +26,13 @@ def onnxruntime_session(path: Path, threads: int = 0, **config: str) -> "onnxrun
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def read_openvino(path: Path) -> "openvino.Model":
+    """Read an OpenVINO IR (.xml, its .bin beside it) or an ONNX file."""
+    import openvino
+
+    return openvino.Core().read_model(path)
+
+
 def compile_openvino(
     model: "openvino.Model", batch: int, threads: int = 0, runtime: str = "openvino", **config: object
 ) -> "openvino.CompiledModel":
