@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator
 from helpers.report import tables
 from helpers.report.plots import log_ticks
 from helpers.report.results import MARGIN, Results
-from helpers.report.schema import OBSERVERS, RANDOM, RUNTIMES
+from helpers.report.schema import ENOUGH, OBSERVERS, RANDOM, RUNTIMES
 
 WIDTH = 5.5  # inches
 MARKERS = "osD^vPX*"
@@ -143,7 +143,7 @@ def load(of: pd.DataFrame) -> Figure | None:
 
     of: rows of load, of one model. A colour for each path, a line for each way to share the cores; each ends near its capacity.
     """
-    of = of[of.pace.str.startswith("load_") & (of.n >= tables.ENOUGH)]
+    of = of[of.pace.str.startswith("load_") & (of.n >= ENOUGH)]
     if of.empty:
         return None
     figure, panels = _panels([f"{size}x{size} pixels" for size in sorted(of["size"].unique())], 3.6)

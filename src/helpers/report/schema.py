@@ -108,6 +108,7 @@ RUNTIMES: dict[str, str] = {
     "openvino_bf16": "OpenVINO, bfloat16",
     "simulated": "simulated",
 }
+ENOUGH = 100  # requests, the least for a 99th percentile
 PYTORCH = ("eager", "torchscript", "inductor", "aotinductor")  # runtimes that need nothing but PyTorch
 DEPRECATED_RUNTIMES = ("torchscript",)
 RANDOM = "random"  # the recipe of weights that were never trained, where only latency is asked

@@ -16,6 +16,7 @@ from helpers.report.results import ROW, Difference, NotMeasured, Results, Row, s
 from helpers.report.schema import (
     ARCH_LABELS,
     ARMS,
+    ENOUGH,
     OBSERVERS,
     PYTORCH,
     RANDOM,
@@ -437,7 +438,6 @@ def first_screen(results: Results) -> pd.DataFrame:
     return _lines(line for _, _, line in sorted(lines, key=lambda of: of[:2]))
 
 
-ENOUGH = 100  # requests, the least for a 99th percentile
 NEARLY = 0.05  # what lies so near the best counts as equally good
 SERVICE = "arch size arm runtime batch streams processes threads setting".split()
 

@@ -25,7 +25,7 @@ import psutil
 
 from helpers.files import StudyError
 from helpers.machine import usable_cores
-from helpers.report.schema import prediction_key
+from helpers.report.schema import COLUMNS, ENOUGH, prediction_key
 
 NOTHING = "nothing"  # the runtime of a model that does nothing
 SERVED = tuple(
@@ -108,29 +108,37 @@ class Server:
 
     def hot(self, seconds: float) -> dict[str, Any]:
         """Each stream calls again as soon as it is answered."""
-        return self._measure({"how": "hot", "seconds": seconds}) | {"pace": "hot", "rate": 0.0}
+        return self._measure("hot", {"how": "hot", "seconds": seconds})
 
-    def rested(self, idle_ms: int, seconds: float, warm_ms: float = 0.0) -> dict[str, Any]:
+    def rested(self, idle_ms: int, seconds: float, warm_ms: int = 0) -> dict[str, Any]:
         """Each call is due after `idle_ms` ms of rest, in which the model is kept warm by a call every `warm_ms`, 0 for none."""
         asked = {"how": "rested", "idle_s": idle_ms / 1000, "seconds": seconds, "warm_s": warm_ms / 1000}
-        return self._measure(asked) | {"pace": f"idle_{idle_ms}", "rate": 0.0}
+        warm = {"setting": f"keep warm, {warm_ms} ms"} if warm_ms else {}
+        return self._measure(f"idle_{idle_ms}", asked) | warm
 
     def loaded(self, rate: float, seconds: float, seed: int) -> dict[str, Any]:
         """Requests arrive at random (Poisson), `rate` a second in all, whether or not the earlier ones are answered.
 
-        A request waits from when it was due. Each of two processes gets half of them. What is not answered by twice `seconds`
-        is given up, and counts with the time it has waited until then. Raises StudyError for a rate that is no positive number.
+        A request waits from when it was due. Each process gets its share of them. The load lasts `seconds`, or as long as
+        ENOUGH requests take to come, but no more than ten times that. What is not answered by twice its length is given up, and
+        counts with what it has waited until then. Raises StudyError for a rate that is no positive number.
         """
         if not (isinstance(rate, int | float) and math.isfinite(rate) and rate > 0):
             raise StudyError(f"rate is {rate!r}; give a positive number of requests a second.")
+        lasts = max(seconds, min(10 * seconds, ENOUGH / rate))
         each = rate / self.service.processes
-        asked = [{"how": "loaded", "due": arrivals(each, seconds, seed + n)} for n in range(self.service.processes)]
-        return self._measure(*(of | {"limit_s": 2 * seconds} for of in asked)) | {"rate": float(rate)}
+        due = [arrivals(each, lasts, seed + number) for number in range(self.service.processes)]
+        asked = ({"how": "loaded", "due": of, "limit_s": 2 * lasts} for of in due)
+        return self._measure("load", *asked) | {"rate": float(rate)}
 
-    def _measure(self, *asked: dict[str, Any]) -> dict[str, Any]:
+    def _measure(self, pace: str, *asked: dict[str, Any]) -> dict[str, Any]:
+        """What all processes found. asked: the same of all, or of each its own."""
         found = self._ask(*(asked if len(asked) == len(self._processes) else asked * len(self._processes)))
         times = np.concatenate([of["ms"] for of in found])
-        return {
+        served = {key: getattr(self.service, key) for key in MEASURED if hasattr(self.service, key)}
+        return served | {
+            "pace": pace,
+            "rate": 0.0,
             "n": len(times),
             "images_per_second": self.service.batch * sum(of["answered"] / of["seconds"] for of in found),
             "p50_ms": float(np.median(times)),
@@ -165,7 +173,8 @@ class Server:
         self.close()
 
 
-MEASURED = "pace rate n images_per_second p50_ms p99_ms cores_busy memory_bytes".split()
+# Columns of load that a measure gives: all but what the file is and where it was measured.
+MEASURED = [column for column in COLUMNS["load"] if column not in ("arch", "arm", "machine", "run_id")]
 
 
 def environment(service: Service) -> dict[str, str]:
@@ -182,7 +191,7 @@ def environment(service: Service) -> dict[str, str]:
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     """When requests are due: seconds from the start, ascending. A Poisson process, given that it had `rate` * `seconds` of them."""
-    count = max(1, round(rate * seconds))
+    count = math.ceil(rate * seconds)
     return sorted(np.random.default_rng(seed).uniform(0, seconds, count))
 
 
