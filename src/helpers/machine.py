@@ -1,14 +1,18 @@
 """What a number was made on: the facts of this machine that every record carries."""
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import cpuinfo
 import psutil
+
+from helpers.files import StudyError
 
 VERSIONS_OF = (
     "torch",
@@ -52,6 +56,7 @@ def machine_facts() -> dict[str, Any]:
         "cpu": info.get("brand_raw", platform.machine()),
         "isa": [flag for flag in ISA_FLAGS if flag in info.get("flags", [])],
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        "cpu_quota": cpu_quota(),
         "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
         "gpu": gpu,
@@ -65,3 +70,48 @@ def machine_name(facts: Mapping[str, Any]) -> str:
     """One line that tells machines apart: CPU, cores and the instruction sets that decide INT8 speed."""
     isa = "+".join(flag for flag in facts["isa"] if flag != "avx512f") or "no special instructions"
     return f"{facts['cpu']}, {facts['cores']} cores, {isa}"
+
+
+def cpu_quota(mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
+    """How many cores' worth of CPU time the cgroups of this process may use, for example 1.5; None where nothing limits it.
+
+    The least of its cgroup and all above it, of version 2 (`cpu.max`) and 1 (`cpu.cfs_quota_us`). mount and membership:
+    where Linux keeps the limits, and which cgroups a process is in (cgroups(7)).
+    """
+    limits = []
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        tops = [mount, mount / "unified"] if not controllers else [mount / controllers, mount / "cpu"]
+        # Inside a container the path may be the host's, which is not mounted; what limits it then stands at the top.
+        inner = Path(path.lstrip("/"))
+        folders = [top / part for top in tops for part in (inner, *inner.parents)]
+        limits += [limit for limit in map(_limit, folders) if limit]
+    return min(limits, default=None)
+
+
+def _limit(folder: Path) -> float | None:
+    """What one cgroup allows."""
+    if (folder / "cpu.max").exists():
+        quota, period = (folder / "cpu.max").read_text().split()
+    elif (folder / "cpu.cfs_quota_us").exists():
+        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+    else:
+        return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def usable_cores(asked: int = 0) -> int:
+    """How many cores this process may keep busy: those that it may run on, and no more than its CPU quota, rounded down.
+
+    asked: fewer than that, or 0 for all. Raises StudyError for more than there are.
+    """
+    runs_on, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    there = runs_on if quota is None else max(1, min(runs_on, int(quota)))
+    if asked > there:
+        limit = "no CPU quota" if quota is None else f"a CPU quota of {quota:g}"
+        raise StudyError(
+            f"{asked} cores are asked for, but this process may use {there} (it runs on {runs_on}, with {limit}); give 1 to {there}, or 0 for all."
+        )
+    return asked or there

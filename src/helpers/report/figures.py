@@ -11,15 +11,17 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
 from helpers.report import tables
 from helpers.report.plots import log_ticks
 from helpers.report.results import MARGIN, Results
-from helpers.report.schema import OBSERVERS, RANDOM, RUNTIMES
+from helpers.report.schema import ENOUGH, OBSERVERS, RANDOM, RUNTIMES
 
 WIDTH = 5.5  # inches
 MARKERS = "osD^vPX*"
+LINES = ("-", "--", ":", "-.")
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -133,6 +135,37 @@ def carry_over(results: Results) -> Figure | None:
         axis.set(xlabel="height and width of the image, pixels", ylabel="times faster than PyTorch FP32")
         axis.set_xticks(sorted(of["size"].unique()))
         axis.legend(fontsize=7.5)
+    return figure
+
+
+def load(of: pd.DataFrame) -> Figure | None:
+    """Latency of the slowest hundredth at random arrivals against requests a second, one panel an image size.
+
+    of: rows of load, of one model. A colour for each path, a line for each way to share the cores; each ends near its capacity.
+    """
+    of = of[of.pace.str.startswith("load_") & (of.n >= ENOUGH)]
+    if of.empty:
+        return None
+    figure, panels = _panels([f"{size}x{size} pixels" for size in sorted(of["size"].unique())], 3.6)
+    ways = [*of[["streams", "processes", "setting"]].drop_duplicates().itertuples(index=False, name=None)]
+    paths = [*of[["arm", "runtime"]].drop_duplicates().itertuples(index=False, name=None)]
+    for size, axis in zip(sorted(of["size"].unique()), panels.values(), strict=True):
+        keys = ["arm", "runtime", "streams", "processes", "setting"]
+        for (arm, runtime, *way), group in of[of["size"] == size].groupby(keys, sort=False):
+            color, line = f"C{paths.index((arm, runtime))}", LINES[ways.index(tuple(way)) % len(LINES)]
+            group = group.sort_values("rate")
+            axis.plot(
+                group.rate, group.p99_ms, line, color=color, marker=MARKERS[ways.index(tuple(way)) % len(MARKERS)]
+            )
+        axis.set(xscale="log", yscale="log", xlabel="requests a second", ylabel="99th percentile, ms")
+        log_ticks(axis, "xy")
+    names = [tables.path_label({"arm": arm, "runtime": runtime, "engine": ""}) for arm, runtime in paths]
+    handles = [Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(names)]
+    for number, (streams, processes, setting) in enumerate(ways):
+        label = f"streams {streams}, processes {processes}" + (f", {setting}" if setting else "")
+        looks = {"color": "grey", "linestyle": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)]}
+        handles.append(Line2D([], [], label=label, **looks))
+    figure.legend(handles=handles, fontsize=7.5, loc="outside lower center", ncols=2)
     return figure
 
 

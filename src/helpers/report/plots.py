@@ -62,8 +62,13 @@ def layer_bars(sqnr: Mapping[str, float]) -> Figure:
     return figure
 
 
-def log_ticks(axis: Axes) -> None:
-    """Label 1, 2 and 5 of each decade of a logarithmic x axis, as plain numbers; narrow spans have no power of ten to label."""
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+def log_ticks(axes: Axes, names: str = "x") -> None:
+    """Label 1, 2 and 5 of each decade of logarithmic axes, as plain numbers; narrow spans have no power of ten to label.
+
+    names: x, y or xy.
+    """
+    for name in names:
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())

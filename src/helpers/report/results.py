@@ -456,7 +456,7 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
 
 NUMBERS = (
     "seed training n correct accuracy ci_low ci_high threads batch size rounds median_ms p90_ms speedup parameters "
-    "artifact_bytes value images draw"
+    "artifact_bytes value images draw streams processes rate images_per_second p50_ms p99_ms cores_busy memory_bytes"
 ).split()
 
 

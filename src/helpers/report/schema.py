@@ -23,6 +23,12 @@ COLUMNS: dict[str, list[str]] = {
     "training": "arch recipe arm seed epoch lr train_loss val_accuracy seconds images_per_second run_id".split(),
     "profile": "arch recipe arm runtime engine threads batch check setting value unit run_id".split(),
     "diagnosis": "arch recipe second_relu seed epochs data split check setting n value run_id".split(),
+    # What served one model: threads of each stream (0: the runtime's own choice), setting (other ways to wait, pin, keep warm),
+    # pace (as of latency, or load_N: random arrivals at N % of what the same service answers when hot), rate (requests a second).
+    "load": (
+        "arch arm runtime threads batch size streams processes setting pace rate n images_per_second p50_ms p99_ms "
+        "cores_busy memory_bytes machine run_id"
+    ).split(),
     # One row for each draw of calibration images; FP32 has no observer, no images and no seconds.
     "calibration": (
         "arch recipe seed observer weights images draw data split n correct accuracy seconds run_id".split()
@@ -102,6 +108,7 @@ RUNTIMES: dict[str, str] = {
     "openvino_bf16": "OpenVINO, bfloat16",
     "simulated": "simulated",
 }
+ENOUGH = 100  # requests, the least for a 99th percentile
 PYTORCH = ("eager", "torchscript", "inductor", "aotinductor")  # runtimes that need nothing but PyTorch
 DEPRECATED_RUNTIMES = ("torchscript",)
 RANDOM = "random"  # the recipe of weights that were never trained, where only latency is asked

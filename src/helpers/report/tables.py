@@ -16,6 +16,7 @@ from helpers.report.results import ROW, Difference, NotMeasured, Results, Row, s
 from helpers.report.schema import (
     ARCH_LABELS,
     ARMS,
+    ENOUGH,
     OBSERVERS,
     PYTORCH,
     RANDOM,
@@ -437,6 +438,88 @@ def first_screen(results: Results) -> pd.DataFrame:
     return _lines(line for _, _, line in sorted(lines, key=lambda of: of[:2]))
 
 
+NEARLY = 0.05  # what lies so near the best counts as equally good
+SERVICE = "arch size arm runtime batch streams processes threads setting".split()
+
+
+def load(of: pd.DataFrame) -> pd.DataFrame:
+    """What each way to serve gives: images a second and resident MB, call after call; latency at random arrivals.
+
+    of: rows of load. Shares are of the images a second in the same line. Without the settings that `rested` compares.
+    """
+    loaded, lines = of[of.pace.str.startswith("load_")], []
+    kept = of.merge(loaded[SERVICE].drop_duplicates(), "left", SERVICE, indicator=True)
+    for _, group in kept[(kept["_merge"] == "both") | (kept.batch > 1)].groupby(SERVICE, sort=False):
+        hot = group[group.pace == "hot"].iloc[0]
+        line = _service(hot) | {"images/s": hot.images_per_second, "MB": hot.memory_bytes / 1e6}
+        for row in group[group.pace.str.startswith("load_")].itertuples():
+            share = row.pace.removeprefix("load_")
+            line |= {f"p50 ms at {share} %": row.p50_ms, f"p99 ms at {share} %": _p99(row)}
+        lines.append(line)
+    return _lines(lines)
+
+
+def rested(of: pd.DataFrame) -> pd.DataFrame:
+    """One request at a time, by number of threads and setting: images a second in a hot loop; latency and cores busy after a rest.
+
+    of: rows of load.
+    """
+    alone, lines = of[of.batch * of.streams * of.processes == 1], []
+    for _, group in alone.groupby(SERVICE, sort=False):
+        line = _service(group.iloc[0])
+        for row in group[~group.pace.str.startswith("load_")].itertuples():
+            if row.pace == "hot":
+                line |= {"images/s": row.images_per_second, "p50 ms, hot": row.p50_ms}
+            else:
+                idle = row.pace.removeprefix("idle_")
+                line |= {f"p50 ms after {idle}": row.p50_ms, f"cores busy, {idle}": row.cores_busy}
+        lines.append(line)
+    return _lines(lines)
+
+
+def load_choice(of: pd.DataFrame, limit_ms: float) -> pd.DataFrame:
+    """How to serve each model, by rule; of what is nearly as good as the best (NEARLY), what costs least.
+
+    of: rows of load. Three needs: the most requests a second at random arrivals whose p99 is at most `limit_ms`, for the
+    least memory; the shortest median after the longest rest, for the fewest cores kept busy; and the number of threads that
+    answers most one at a time, call after call, the fewest. A need that nothing meets has no line.
+    """
+    alone = (of.batch * of.streams * of.processes == 1) & ~of.pace.str.startswith("load_")
+    rests = of.pace.str.extract(r"^idle_(\d+)$")[0].astype(float)
+    p99 = pd.Series([_p99(row) for row in of.itertuples()], of.index, float)
+    count = of.threads.where(of.threads > 0, np.inf)  # the runtime's own choice comes last
+    needs = {
+        "requests/s under load": (of[of.pace.str.startswith("load_") & (p99 <= limit_ms)], "rate", False),
+        "ms after a rest": (of[alone & (rests == rests.max())], "p50_ms", True),
+        "images/s by threads": (of[alone & (of.pace == "hot") & (of.setting == "")], "images_per_second", False),
+    }
+    costs = dict(zip(needs, ("memory_bytes", "cores_busy", "count"), strict=True))
+    lines = []
+    for need, (pool, column, ascending) in needs.items():
+        for _, group in pool.assign(count=count).groupby(["arch", "size", "arm", "runtime"], sort=False):
+            best = group[column].min() if ascending else group[column].max()
+            nearly = (
+                group[group[column] <= best * (1 + NEARLY)]
+                if ascending
+                else group[group[column] >= best * (1 - NEARLY)]
+            )
+            row = nearly.sort_values([costs[need], column], ascending=[True, ascending]).iloc[0]
+            line = {"need": need} | _service(row) | {"value": row[column], "p99 ms": _p99(row)}
+            lines.append(line | {"cores busy": row.cores_busy, "MB": row.memory_bytes / 1e6})
+    return _lines(lines)
+
+
+def _service(row: Any) -> dict[str, Any]:
+    path = path_label({"runtime": row.runtime, "arm": row.arm, "engine": ""})
+    shown = {"model": model_label(row.arch), "path": path, "size": row["size"], "batch": row.batch}
+    threads = row.threads or "its own"
+    return shown | {"streams": row.streams, "processes": row.processes, "threads": threads, "setting": row.setting}
+
+
+def _p99(row: Any) -> float:
+    return row.p99_ms if row.n >= ENOUGH else np.nan
+
+
 def runs(results: Results) -> pd.DataFrame:
     """Where every record comes from: notebook, date, commit, data and machine of each run_id."""
     return _lines(
@@ -495,7 +578,7 @@ def _text(column: str, value: Any) -> str:
         return f"{value:+.2f}"
     if column.startswith("p,") or column == "p":
         return f"{value:.2g}"
-    return f"{value:.1f}" if column.endswith(("times", "MB", "MB before", "export s")) else f"{value:.2f}"
+    return f"{value:.1f}" if column.endswith(("times", "MB", "MB before", "export s", "images/s")) else f"{value:.2f}"
 
 
 def _lines(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

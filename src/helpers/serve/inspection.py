@@ -8,7 +8,7 @@ import onnxruntime
 import openvino
 
 from helpers.files import StudyError, whole_file
-from helpers.serve.runtimes import compile_openvino
+from helpers.serve.sessions import compile_openvino
 
 
 def layers_run_as(path: Path, runtime: str) -> list[dict[str, str]]:

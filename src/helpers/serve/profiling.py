@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from helpers.files import StudyError
 from helpers.quantize.arms import ENGINES
-from helpers.serve.runtimes import compile_openvino, load_predictor
+from helpers.serve.runtimes import load_predictor
+from helpers.serve.sessions import compile_openvino
 from helpers.train.models import Predictor, run_hooked
 from helpers.train.taps import live_taps
 

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import openvino
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from helpers.files import StudyError, refused
 from helpers.quantize import arms
 from helpers.quantize.arms import is_eager_int8, load_arm
 from helpers.serve.export import INDUCTOR, SUFFIXES, package_for
+from helpers.serve.sessions import compile_openvino, onnxruntime_session, openvino_predictor
 from helpers.train.models import Predictor, module_predictor
 
 RUNTIMES = tuple(SUFFIXES)
@@ -93,10 +93,7 @@ def _aotinductor(path: Path, threads: int) -> Predictor:
 
 
 def _onnxruntime(path: Path, threads: int) -> Predictor:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime_session(path, threads)
     return lambda images: session.run(None, {"images": images})[0]
 
 
@@ -105,37 +102,15 @@ def _openvino(path: Path, threads: int, runtime: str) -> Predictor:
     model = core.read_model(path)
     if runtime == "openvino_bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise StudyError("This CPU has no bfloat16 instructions; OpenVINO would compute in float32 instead.")
-    requests: dict[int, tuple[openvino.InferRequest, np.ndarray, np.ndarray]] = {}
+    of_size: dict[int, Predictor] = {}
 
     def predictor(images: np.ndarray) -> np.ndarray:
         n = len(images)
-        if n not in requests:
-            request = compile_openvino(model, n, threads, runtime).create_infer_request()
-            # Its own tensors, asked for once: a dictionary of inputs, or asking in every call, takes a tenth and a
-            # fortieth of ResNet18's INT8 latency.
-            requests[n] = request, request.get_input_tensor().data, request.get_output_tensor().data
-        request, taken, given = requests[n]
-        np.copyto(taken, images)
-        request.infer()
-        return given.copy()
+        if n not in of_size:
+            of_size[n] = openvino_predictor(compile_openvino(model, n, threads, runtime))
+        return of_size[n](images)
 
     return predictor
-
-
-def compile_openvino(
-    model: "openvino.Model", batch: int, threads: int = 0, runtime: str = "openvino", **config: object
-) -> "openvino.CompiledModel":
-    """Compile a copy of a model for one batch size, for latency; threads: 0 for OpenVINO's own choice.
-
-    runtime: openvino (float32 where the model is float) or openvino_bf16; config: more of OpenVINO's properties.
-    """
-    fixed = model.clone()
-    fixed.reshape([batch, *list(model.input(0).partial_shape)[1:]])
-    precision = "bf16" if runtime == "openvino_bf16" else "f32"
-    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
-    if threads:
-        hints["INFERENCE_NUM_THREADS"] = threads
-    return openvino.Core().compile_model(fixed, "CPU", hints | config)
 
 
 def first_call(path: Path, runtime: str, images: np.ndarray, engine: str = "fbgemm", tries: int = 3) -> float:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from helpers.files import StudyError
 from helpers.quantize.arms import LEGACY, NO_LEGACY
 from helpers.quantize.nncf import quantize_openvino
-from helpers.serve.export import convert_to_openvino, export_onnx, export_torchscript
+from helpers.serve.export import SUFFIXES, convert_to_openvino, export_onnx, export_torchscript
+from helpers.serve.load import NOTHING, SERVED, Server, Service
 from helpers.serve.runtimes import load_predictor
 from helpers.serve.timing import summarise, time_interleaved
 from helpers.train.data import Dataset, Split, find_cifar10, load_data, load_parquet
@@ -138,6 +139,27 @@ def int8_rows(dataset: Dataset, folder: Path) -> dict[str, float]:
     return {name: summarise(values)["median_ms"] for name, values in times.items()}
 
 
+def load_rows(folder: Path) -> pd.DataFrame:
+    """Memory of a process that serves ResNet18 at 32x32 in each runtime, and what the load generator itself takes.
+
+    `nothing` is a model that does nothing: its MB are those of Python and numpy, its ms those of the generator. Columns:
+    resident MB, images a second call after call, and p50 and p99 ms at 20 random arrivals a second.
+    """
+    model = build_model("resnet18").eval()
+    save_weights(folder / "fp32.safetensors", model.state_dict(), {"arch": "resnet18", "form": "float"})
+    export_onnx(model, folder / "fp32.onnx")
+    convert_to_openvino(folder / "fp32.onnx", folder / "fp32.xml")
+    quantize_openvino(folder / "fp32.xml", torch.randn(16, 3, 32, 32), folder / "ptq_nncf.xml")
+    rows = []
+    for name in (NOTHING, *SERVED):
+        arm, _, runtime = name.rpartition("-")
+        service = Service(str(folder / f"{arm}{SUFFIXES.get(runtime, '')}"), runtime, 32, threads=1)
+        with Server(service) as server:
+            load, hot = server.loaded(20, 5, 0), server.hot(0.5)
+        rows.append([name, load["memory_bytes"] / 1e6, hot["images_per_second"], load["p50_ms"], load["p99_ms"]])
+    return pd.DataFrame(rows, columns=["served", "MB", "images/s", "p50 ms", "p99 ms"])
+
+
 def wall_time(run: Path) -> pd.DataFrame:
     """Where the time of a study went: a line for each executed notebook of `run`, the longest first, in seconds.
 
@@ -189,6 +211,9 @@ def main() -> None:
         print(f"(d) INT8 beside eager FP32: not measured, {NO_LEGACY}")
     for name, milliseconds in rows.items():
         print(f"(d) {name:26s} {milliseconds:7.3f} ms, {rows['eager FP32'] / milliseconds:5.1f} x eager FP32")
+    with tempfile.TemporaryDirectory() as name:
+        print("(f) served by a process of its own, 1 thread; p50 and p99 ms at 20 random arrivals a second")
+        print(load_rows(Path(name)).to_string(index=False, float_format="{:.2f}".format))
     runs = sorted(Path("runs").glob("*/book/_build/html/index.html"), key=lambda page: page.stat().st_mtime)
     if not runs:
         print("(e) wall time by notebook: not measured, no study has been run to its end (make study)")

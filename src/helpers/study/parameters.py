@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from helpers.files import StudyError, check_writable
 from helpers.quantize.arms import ENGINES, LEGACY, NO_LEGACY, QCONFIG_NAMES
 from helpers.report.schema import ARMS
+from helpers.serve.load import SERVED
 from helpers.train.data import DATA_NAMES
 from helpers.train.models import ARCHS
 from helpers.train.training import PRECISIONS, RECIPES
@@ -63,6 +64,11 @@ PARAMETERS: dict[str, Any] = {
     "arms": list[Literal[*ARMS]],
     "as_reference": bool,
     "first_calls": bool,
+    "cores": Count,
+    "served": Annotated[list[Literal[*SERVED]], Field(min_length=1)],
+    "shares": Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)],
+    "seconds": Annotated[float, Field(gt=0, allow_inf_nan=False)],
+    "limit_ms": Annotated[float, Field(gt=0, allow_inf_nan=False)],
     "width": Annotated[float, Field(ge=0)],
 }
 
