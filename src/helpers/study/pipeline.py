@@ -81,8 +81,8 @@ OPTIONAL = tuple(n for n, notebook in NOTEBOOKS.items() if notebook.experiment a
 SIZE_OF = {"resnet18": 1.0, "resnet18_cifar": 5.0, "resnet34": 1.3, "resnet50": 2.0}
 # What a profile says with its models and its name, and nowhere else.
 OF_THE_MODEL = ("arch", "recipe", "seed", "run_dir")
-# Which images: the same for all that is done to a model, so a profile says it under `common`.
-OF_THE_STUDY = ("data", "data_dir", "limit")
+# Which images and which weights: the same for all that is done to a model, so a profile says it under `common`.
+OF_THE_STUDY = ("data", "data_dir", "limit", "start_from")
 
 
 class Block(BaseModel):
