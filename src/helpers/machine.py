@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -34,6 +34,16 @@ ISA_FLAGS = (
     "i8mm",
     "bf16",
 )
+# The instructions that decide how fast INT8 is: flag and name, the best first; a CPU is called by the first that it has.
+INSTRUCTIONS = {
+    "amx_int8": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "i8mm": "Arm I8MM",
+    "asimd": "Arm NEON",
+}
 
 
 _cpu_info = cache(cpuinfo.get_cpu_info)  # a second and more each time
@@ -65,3 +75,8 @@ def machine_name(facts: Mapping[str, Any]) -> str:
     """One line that tells machines apart: CPU, cores and the instruction sets that decide INT8 speed."""
     isa = "+".join(flag for flag in facts["isa"] if flag != "avx512f") or "no special instructions"
     return f"{facts['cpu']}, {facts['cores']} cores, {isa}"
+
+
+def instructions(isa: Sequence[str]) -> str:
+    """Name of the best INT8 instructions of a machine, see INSTRUCTIONS; empty without any. isa: as in `machine_facts`."""
+    return next((name for flag, name in INSTRUCTIONS.items() if flag in isa), "")

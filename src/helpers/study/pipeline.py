@@ -72,6 +72,7 @@ NOTEBOOKS: dict[str, Notebook] = {
     "14_calibration": Notebook("timed", 2, ("01_train",), experiment=True, eager_int8=True),
     "15_bit_widths": Notebook("first", 4, ("03_qat",), trains=True, experiment=True, eager_int8=True),
     "16_what_accuracy_hides": Notebook("first", 1, ("04_jit", "05_onnx_openvino"), experiment=True, eager_int8=True),
+    "18_this_machine": Notebook("none", 3, alone=True, experiment=True),
 }
 LEFT_OUT = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.eager_int8 and not LEGACY)
 READERS = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.reads)
