@@ -29,7 +29,9 @@ def trained():
 @pytest.fixture
 def run_dir(tmp_path, trained):
     """A run directory that looks as notebook 1 leaves it."""
-    save_weights(weights_path(str(tmp_path), *MODEL, "fp32"), trained.state_dict(), {"arch": "resnet18", "form": "float"})
+    save_weights(
+        weights_path(str(tmp_path), *MODEL, "fp32"), trained.state_dict(), {"arch": "resnet18", "form": "float"}
+    )
     dataset = load_data("digits", limit=64)
     parameters = {"data": "digits", "data_dir": "", "limit": 64, "epochs": 3}
     save_record(str(tmp_path), "01_train-resnet18-tuned-s0", parameters, (dataset.name, dataset.sha256), {})

@@ -346,10 +346,12 @@ def machines(results: Results) -> pd.DataFrame:
 def machines_by_size(results: Results) -> pd.DataFrame:
     """How many times faster than eager FP32 on every machine that ran notebook 8, by image size, in a hot loop and rested."""
     latency = results.tables["latency"]
-    of = latency[latency.run_id.str.startswith("08_carry_over")]
-    lines = {}
-    for row in _by_instructions(results, of[of.batch == 1], PLAIN[1:]):
-        if row["pace"] in PACES and row["threads"] == of[of.run_id == row["run_id"]].threads.max():
+    of = latency[latency.run_id.str.startswith("08_carry_over") & (latency.batch == 1)]
+    of = of[of["size"].isin([32, 224]) & of.pace.isin(PACES)]
+    most_threads = of.groupby("run_id").threads.max()
+    lines: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in _by_instructions(results, of, PLAIN[1:]):
+        if row["threads"] == most_threads[row["run_id"]]:
             key = (row["arch"], row["arm"], row["runtime"], row["machine"])
             line = lines.setdefault(key, _named(row) | _machine(results, row))
             line[f"{row['size']}x{row['size']}, {PACES[row['pace']]}, times"] = row["speedup"]
