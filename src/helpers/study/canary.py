@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +16,7 @@ import pandas as pd
 
 from helpers.files import StudyError, whole_file
 from helpers.report.records import gather
-from helpers.report.results import ROW, NotMeasured, Results
+from helpers.report.results import ROW, NotMeasured, Results, Row
 from helpers.report.schema import COLUMNS, RANDOM, arm_facts
 from helpers.report.tables import as_text, model_label, path_label
 from helpers.study.console import cell_that_failed
@@ -23,13 +24,14 @@ from helpers.study.console import cell_that_failed
 PROFILE = "smoke"
 FOLDER = Path("runs/canary")
 PAGE = Path(".github/canary.md")  # its sentences; {versions}, {counts} and {rows} become tables
+FILE = ("arch", "recipe", "arm", "runtime")  # what names a row where kernels do not matter
 STATUSES = ("died", "left INT8", "answers changed", "new", "same")  # the first that applies, the worst first
 
 
 def compare(pinned: Path, newest: Path) -> pd.DataFrame:
     """What became of each row that was scored or timed in either of two run directories, the worst first.
 
-    Columns: model, path, status (of STATUSES); answers changed of n test images, over the seeds that both have; the share of
+    A notebook that left no record is a line, too: its run_id stands as the path. Columns: model, path, status (of STATUSES); answers changed of n test images, over the seeds that both have; the share of
     layers that ran in INT8, in percent, where it was recorded (NaN elsewhere); the reason why a row died. A run that stopped
     early is compared as far as it came. Raises StudyError when `pinned` has no records, or records are damaged.
     """
@@ -37,8 +39,13 @@ def compare(pinned: Path, newest: Path) -> pd.DataFrame:
         if not [*(pinned / "records").glob("*.json")]:
             raise StudyError(f"There are no records in {pinned}; run the study there first.")
         before, after = (_results(run, Path(folder) / name) for run, name in ((pinned, "pinned"), (newest, "newest")))
-        lines = [_compared(row, before, after, newest) for row in _rows(pd.concat([before.rows, after.rows]))]
-    frame = pd.DataFrame(lines)
+        rows = pd.concat([before.rows, after.rows])[ROW].drop_duplicates().sort_values(ROW).to_dict("records")
+        lines = [_compared(row, before, after, newest) for row in rows]
+        lines += [
+            {"model": "", "path": run_id, "status": "died", "reason": _stopped(run_id, newest)}
+            for run_id in sorted(before.runs.keys() - after.runs.keys())
+        ]
+    frame = pd.DataFrame(lines).fillna({"answers changed": 0, "n": 0}).astype({"answers changed": int, "n": int})
     return frame.sort_values("status", key=lambda of: of.map(STATUSES.index), kind="stable").reset_index(drop=True)
 
 
@@ -49,13 +56,14 @@ def _results(run: Path, folder: Path) -> Results:
     return Results.open(folder)
 
 
-def _rows(of: pd.DataFrame) -> list[dict[str, str]]:
-    return of[ROW].drop_duplicates().sort_values(ROW).to_dict("records")
+def _matching(of: pd.DataFrame, row: Row, keys: Sequence[str] = ROW) -> pd.DataFrame:
+    """The lines of a table that agree with `row` in `keys`."""
+    return of[(of[[*keys]] == [row[key] for key in keys]).all(axis=1)]
 
 
-def _compared(row: dict[str, str], before: Results, after: Results, newest: Path) -> dict[str, object]:
+def _compared(row: Row, before: Results, after: Results, newest: Path) -> dict[str, object]:
     """A line of `compare`."""
-    was, there = (row in _rows(results.rows) for results in (before, after))
+    was, there = (not _matching(results.rows, row).empty for results in (before, after))
     changed, n = _changed_answers(row, before, after)
     int8 = [_int8_percent(row, results) for results in (before, after)]
     applies = {
@@ -77,7 +85,7 @@ def _compared(row: dict[str, str], before: Results, after: Results, newest: Path
     }
 
 
-def _changed_answers(row: dict[str, str], before: Results, after: Results) -> tuple[int, int]:
+def _changed_answers(row: Row, before: Results, after: Results) -> tuple[int, int]:
     """How many test images get another class, and of how many; 0 of 0 where one run kept no answers."""
     try:
         pairs = before.classes(row), after.classes(row)
@@ -87,29 +95,24 @@ def _changed_answers(row: dict[str, str], before: Results, after: Results) -> tu
     return sum(int((pairs[0][s] != pairs[1][s]).sum()) for s in seeds), sum(len(pairs[0][s]) for s in seeds)
 
 
-def _int8_percent(row: dict[str, str], results: Results) -> float:
+def _int8_percent(row: Row, results: Results) -> float:
     """The share of an INT8 row's convolutions and matrix products that its runtime executed in INT8; NaN if it was not recorded."""
-    of = results.tables["profile"].query("check == 'executed layers'")
-    for key in ("arch", "recipe", "arm", "runtime"):
-        of = of[of[key] == row[key]]
+    of = _matching(results.tables["profile"], {**row, "check": "executed layers"}, [*FILE, "check"])
     if of.empty or not arm_facts(row["arm"]).int8:
         return float("nan")
     return 100 * float(of.value[of.setting.str.endswith("int8")].sum() / of.value.sum())
 
 
-def _reason(row: dict[str, str], before: Results, after: Results, newest: Path) -> str:
+def _reason(row: Row, before: Results, after: Results, newest: Path) -> str:
     """Why a row died: what its export was refused with, else what stopped its notebook, else which notebook left it out."""
-    of = after.tables["exports"]
-    for key in ("arch", "recipe", "arm", "runtime"):
-        of = of[of[key] == row[key]]
-    refused = [reason for reason in of.reason if reason]
-    rows = before.rows
-    for key in ROW:
-        rows = rows[rows[key] == row[key]]
-    run_id = rows.run_ids.iloc[0][0]
-    stopped = cell_that_failed(newest / "notebooks" / f"{run_id}.ipynb")[-1:] if run_id not in after.runs else []
-    left = f"{run_id} {'has no such row' if run_id in after.runs else 'was not run'}"
-    return [*refused, *stopped, left][0]
+    refused = [reason for reason in _matching(after.tables["exports"], row, FILE).reason if reason]
+    run_id = _matching(before.rows, row).run_ids.iloc[0][0]
+    return [*refused, f"{run_id} has no such row" if run_id in after.runs else _stopped(run_id, newest)][0]
+
+
+def _stopped(run_id: str, run: Path) -> str:
+    """Why a notebook left no record: the last line of its failed cell, or that it was not run."""
+    return [f"{run_id} was not run", *cell_that_failed(run / "notebooks" / f"{run_id}.ipynb")][-1]
 
 
 def versions(pinned: Path, newest: Path) -> pd.DataFrame:
