@@ -60,6 +60,7 @@ def test_what_died_left_int8_or_answers_otherwise_is_told_apart_with_reasons(pin
     nbformat.write(nbformat.v4.new_notebook(cells=[failed]), newest / "notebooks" / f"12_runtimes{MODEL}.ipynb")
     table = canary.compare(pinned, newest).set_index("path")
     assert table.status.to_dict() == {
+        f"12_runtimes{MODEL}": "died",
         "Inductor: FP32": "died",
         "OpenVINO: FP32": "died",
         "OpenVINO: INT8 (NNCF)": "left INT8",
@@ -75,7 +76,7 @@ def test_what_died_left_int8_or_answers_otherwise_is_told_apart_with_reasons(pin
 
 def test_when_nothing_ran_every_row_died(pinned, tmp_path):
     table = canary.compare(pinned, tmp_path / "newest")
-    assert {*table.status} == {"died"} and table.reason.str.contains("was not run").all()
+    assert {*table.status} == {"died"} and table.reason.str.contains("was not run").all() and len(table) == 4 + 3
     with pytest.raises(StudyError, match="There are no records in .*newest"):
         canary.compare(tmp_path / "newest", pinned)
 
