@@ -69,6 +69,7 @@ def test_what_died_left_int8_or_answers_otherwise_is_told_apart_with_reasons(pin
     assert (
         table.reason["OpenVINO: FP32"] == "it is not converted" and table.reason["Inductor: FP32"] == "E: no compiler"
     )
+    assert table.reason[f"12_runtimes{MODEL}"] == "E: no compiler"
     assert table["INT8 layers now, %"]["OpenVINO: INT8 (NNCF)"] == pytest.approx(100 * 14 / 21)
     assert (table["answers changed"]["PyTorch: FP32"], table.n["PyTorch: FP32"]) == (3, 8)
     assert statuses(canary.compare(newest, pinned))["OpenVINO: FP32"] == "new"
