@@ -1,10 +1,10 @@
-# make study [PROFILE=quick|cifar10|reference] · make test · make book · make publish · make lint · make bench · make repository URL=...
+# make study [PROFILE=quick|cifar10|reference] · make test · make book · make publish · make lint · make bench · make machine · make canary · make repository URL=...
 PROFILE ?= quick
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: study test book publish lint bench repository
+.PHONY: study test book publish lint bench machine canary repository
 
 study: $(BIN)/installed
 	$(BIN)/python -m helpers.study.run $(PROFILE)
@@ -27,6 +27,12 @@ lint: $(BIN)/installed
 
 bench: $(BIN)/installed
 	$(BIN)/python -m helpers.study.bench
+
+machine: $(BIN)/installed
+	$(BIN)/python -m helpers.study.this_machine
+
+canary: $(BIN)/installed
+	$(BIN)/python -m helpers.study.canary
 
 repository: $(BIN)/installed
 	$(BIN)/python -m helpers.study.repository $(URL)

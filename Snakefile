@@ -28,12 +28,15 @@ WITH_THE_STUDY = "exec setpriv --pdeathsig TERM " if shutil.which("setpriv") els
 PAPERMILL = f"{WITH_THE_STUDY}{PYTHON} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}" + LOGGED
 MODEL = "-{arch}-{recipe}-s{seed}"
 FIRST = PROFILE.trained()[0]
-# What notebooks make that run once for all models: 8 and 17 time random weights, 9 trains models of its own, 7 gathers all records.
+# What notebooks make that run once for all models; 9 trains models of its own, 7 gathers all records.
 ONCE = {
+    notebook: f"{RUN}/records/{run_name(notebook)}.json"
+    for notebook, facts in NOTEBOOKS.items()
+    if facts.models == "none" and not facts.trains and not facts.reads
+}
+ONCE |= {
     "07_analysis": f"{RUN}/book/results/runs.json",
-    "08_carry_over": f"{RUN}/records/{run_name('08_carry_over')}.json",
     "09_ptq_collapse": f"{RUN}/records/{run_name('09_ptq_collapse', seed=FIRST['seed'])}.json",
-    "17_load": f"{RUN}/records/{run_name('17_load')}.json",
 }
 OWN_RESNET50 = {"arch": "resnet50", "recipe": "tuned", "seed": FIRST["seed"]}
 

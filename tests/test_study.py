@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import http.server
 import json
 import re
@@ -9,6 +10,7 @@ import threading
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, papermill, run
@@ -18,9 +20,11 @@ from helpers.quantize.arms import ENGINES
 from helpers.report import claims
 from helpers.report.results import Results
 from helpers.serve.runtimes import RUNTIMES
+from helpers.study import canary
 from helpers.study.book import EARLIER, README, is_of_today, mark_if_earlier, publish, published_book
-from helpers.study.pipeline import NOTEBOOKS, ensure
+from helpers.study.pipeline import NOTEBOOKS, collect, ensure
 from helpers.study.repository import repository_url, rewrite
+from helpers.train import published
 
 # One file, because its tests share the run directory of the smoke study: a file stays in one process.
 
@@ -95,6 +99,43 @@ def test_a_finished_study_leaves_no_float_exports_and_they_are_made_again_with_t
     record = tmp_path / "records" / "04_jit-resnet18-tuned-s0.json"
     ensure(record, "04_jit", {"run_dir": str(tmp_path), "limit": 128})
     assert (tmp_path / "weights" / "resnet18-tuned-s0-fp32.pt").exists()
+
+
+def test_a_notebook_starts_from_the_published_model_of_a_finished_run_and_nothing_is_trained(smoke, tmp_path):
+    path, stored = published.publish(str(smoke), "resnet18", "tuned", 0, tmp_path / "resnet18.safetensors")
+    values = {"run_dir": tmp_path / "run", "limit": 256, "start_from": path, "calibration_images": 64}
+    arguments = [part for name, value in values.items() for part in ("-p", name, value)]
+    done = papermill("02_ptq", tmp_path / "out.ipynb", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "run" / "records" / "01_train-resnet18-tuned-s0.json").read_text())
+    weights = record["run"]["parameters"]["weights"]
+    assert weights["file_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and weights["epochs"] == 1
+    assert record["tables"]["training"] == []
+    assert record["tables"]["accuracy"][0]["correct"] == stored.correct
+    assert {*Results.open(collected(tmp_path / "run")).tables["accuracy"].arm} == {"fp32", "ptq", "ptq_default"}
+
+
+def collected(run_dir):
+    collect(str(run_dir), run_dir / "results")
+    return run_dir / "results"
+
+
+def test_the_canary_finds_a_run_the_same_as_itself_and_tells_what_is_spoiled_in_a_copy(smoke, tmp_path):
+    assert {*canary.compare(smoke, smoke).status} == {"same"}
+    spoiled = tmp_path / "spoiled"
+    for part in ("records", "notebooks"):
+        shutil.copytree(smoke / part, spoiled / part)
+    (spoiled / "records" / "08_carry_over.json").unlink()
+    record = spoiled / "records" / "05_onnx_openvino-resnet18-tuned-s0.json"
+    record.write_text(record.read_text().replace("convolution, int8", "convolution, float32"))
+    arrays = record.with_suffix(".npz")
+    with np.load(arrays) as kept:
+        np.savez(arrays, **dict(kept) | {"fp32-openvino": (kept["fp32-openvino"] + 1) % 10})
+    found = canary.compare(smoke, spoiled).set_index(["model", "path"])
+    assert found.status["ResNet18", "OpenVINO: FP32"] == "answers changed"
+    assert found.status["ResNet18", "OpenVINO: INT8 (NNCF)"] == "left INT8"
+    died = found[found.status == "died"]
+    assert len(died) and {*died.reason} == {"08_carry_over was not run"}
 
 
 PT2E_RUNTIMES = ("inductor", "aotinductor", "onnxruntime", "openvino")

@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +38,16 @@ ISA_FLAGS = (
     "i8mm",
     "bf16",
 )
+# The instructions that decide how fast INT8 is: flag and name, the best first; a CPU is called by the first that it has.
+INSTRUCTIONS = {
+    "amx_int8": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "i8mm": "Arm I8MM",
+    "asimd": "Arm NEON",
+}
 
 
 _cpu_info = cache(cpuinfo.get_cpu_info)  # a second and more each time
@@ -115,3 +125,8 @@ def usable_cores(asked: int = 0) -> int:
             f"{asked} cores are asked for, but this process may use {there} (it runs on {runs_on}, with {limit}); give 1 to {there}, or 0 for all."
         )
     return asked or there
+
+
+def instructions(isa: Sequence[str]) -> str:
+    """Name of the best INT8 instructions of a machine, see INSTRUCTIONS; empty without any. isa: as in `machine_facts`."""
+    return next((name for flag, name in INSTRUCTIONS.items() if flag in isa), "")

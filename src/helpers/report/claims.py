@@ -582,8 +582,7 @@ def _carried(
     results: Results, arch: str, a: tuple[str, str], b: tuple[str, str], what: str, **conditions: Any
 ) -> Evidence:
     """A ratio of the process that timed random weights, one image a call, at its largest number of threads."""
-    of = results.tables["latency"]
-    of = of[(of.recipe == RANDOM) & (of.arch == arch)]
+    of = results.carried[results.carried.arch == arch]
     if of.empty:
         raise NotMeasured(f"{arch} was not timed at other sizes")
     process = {"run_id": of.run_id.iloc[0], "threads": int(of.threads.max()), "batch": 1}

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator
 from helpers.report import tables
 from helpers.report.plots import log_ticks
 from helpers.report.results import MARGIN, Results
-from helpers.report.schema import ENOUGH, OBSERVERS, RANDOM, RUNTIMES
+from helpers.report.schema import ENOUGH, OBSERVERS, RUNTIMES
 
 WIDTH = 5.5  # inches
 MARKERS = "osD^vPX*"
@@ -114,8 +114,7 @@ def qat(results: Results) -> Figure | None:
 
 def carry_over(results: Results) -> Figure | None:
     """How many times faster than eager FP32, by image size: in a hot loop (solid) and after 10 ms of rest (dashed)."""
-    latency = results.tables["latency"]
-    of = latency[(latency.recipe == RANDOM) & (latency.batch == 1) & latency.pace.isin(["hot", "idle_10"])]
+    of = results.carried[(results.carried.batch == 1) & results.carried.pace.isin(["hot", "idle_10"])]
     of = of[of.threads == of.threads.max()]
     archs = sorted(of.arch.unique())
     if not archs:

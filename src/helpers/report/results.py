@@ -145,6 +145,12 @@ class Results:
         return latency[(latency.recipe == self.recipe) & (latency["size"] == 32) & (latency.pace == "hot")]
 
     @cached_property
+    def carried(self) -> pd.DataFrame:
+        """Latencies by image size and pace, random weights, of the study's own process: other machines' have longer run_ids."""
+        latency = self.tables["latency"]
+        return latency[latency.run_id == run_name("08_carry_over")]
+
+    @cached_property
     def archs(self) -> list[str]:
         """The architectures that were timed; where none was, those that were scored."""
         return sorted(self.benchmark.arch.unique()) or sorted(self.scores.arch.unique())

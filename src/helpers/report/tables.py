@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from helpers.machine import INSTRUCTIONS, instructions
 from helpers.report.results import ROW, Difference, NotMeasured, Results, Row, smallest
 from helpers.report.schema import (
     ARCH_LABELS,
@@ -28,6 +29,18 @@ from helpers.report.stats import Ratio, holm
 THEIRS = Path("book/reference_study.csv")  # what the reference study reported
 # What a reader can do tomorrow: no training, nothing deprecated, for images of any size.
 PLAIN = [("fp32", "eager"), ("fp32", "openvino"), ("ptq_nncf", "openvino"), ("ptq_ort_u8", "onnxruntime")]
+# What is set side by side for all machines.
+ON_MACHINES = [
+    ("fp32", "eager"),
+    ("fp32", "torchscript"),
+    ("fp32", "openvino"),
+    ("ptq", "torchscript"),
+    ("ptq", "openvino"),
+    ("ptq_nncf", "openvino"),
+    ("trimmed_ptq_nncf", "openvino"),
+    ("qat_trimmed", "openvino"),
+]
+PACES = {"hot": "hot", "idle_10": "rested"}  # those that the first screen shows
 
 # What the reference study claims: how many times faster one row is than another; threads where it had no such row.
 THEIR_SPEED_UPS = [
@@ -314,26 +327,57 @@ def trimming(results: Results) -> pd.DataFrame:
 
 
 def machines(results: Results) -> pd.DataFrame:
-    """Speed-ups over eager FP32 of a few paths on every machine that timed them; a machine is a line's own baseline."""
+    """Speed-ups over eager FP32 of a few paths on every machine that timed them, 32x32, hot, one image a call.
+
+    By instruction set, the least first; the baseline is each machine's own. A machine has one line a path: of notebook 6 where
+    it has run there, else of notebook 18, whose weights are random.
+    """
     latency = results.tables["latency"]
-    of = latency[(latency.threads == results.threads) & (latency.recipe != RANDOM) & (latency.pace == "hot")]
-    of = of[(of["size"] == 32) & (of.batch == results.batch)]
-    paths = [
-        ("fp32", "eager"),
-        ("fp32", "openvino"),
-        ("ptq", "torchscript"),
-        ("ptq_nncf", "openvino"),
-        ("trimmed_ptq_nncf", "openvino"),
-        ("qat_trimmed", "openvino"),
-    ]
-    lines = []
-    for (_, machine, _), timed in of.groupby(["arch", "machine", "run_id"]):
-        for arm, runtime in paths:
-            for row in timed[
-                (timed.arm == arm) & (timed.runtime == runtime) & timed.engine.isin(["", results.engine])
-            ].to_dict("records"):
-                lines.append(_named(row) | {"machine": machine, "ms": row["median_ms"]} | _speedup(row))
-    return _lines(lines)
+    of = latency[(latency.threads == results.threads) & (latency.pace == "hot") & (latency["size"] == 32)]
+    of = of[(of.batch == results.batch) & of.engine.isin(["", results.engine])]
+    of = of[(of.recipe != RANDOM) | of.run_id.str.startswith("18_this_machine")]
+    of = of.assign(random=of.recipe == RANDOM)
+    of = of.sort_values(["random", "run_id"], kind="stable").drop_duplicates(["arch", "arm", "runtime", "machine"])
+    return _lines(
+        _named(row) | _machine(results, row) | {"ms": row["median_ms"]} | _speedup(row)
+        for row in _by_instructions(results, of, ON_MACHINES)
+    )
+
+
+def machines_by_size(results: Results) -> pd.DataFrame:
+    """How many times faster than eager FP32 on every machine that ran notebook 8, by image size, in a hot loop and rested."""
+    latency = results.tables["latency"]
+    of = latency[latency.run_id.str.startswith("08_carry_over") & (latency.batch == 1)]
+    of = of[of["size"].isin([32, 224]) & of.pace.isin(PACES)]
+    most_threads = of.groupby("run_id").threads.max()
+    lines: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in _by_instructions(results, of, PLAIN[1:]):
+        if row["threads"] == most_threads[row["run_id"]]:
+            key = (row["arch"], row["arm"], row["runtime"], row["machine"])
+            line = lines.setdefault(key, _named(row) | _machine(results, row))
+            line[f"{row['size']}x{row['size']}, {PACES[row['pace']]}, times"] = row["speedup"]
+    return _lines(lines.values())
+
+
+def _machine(results: Results, row: Row) -> dict[str, Any]:
+    isa = results.runs.get(row["run_id"], {}).get("isa", ())
+    return {"instructions": instructions(isa), "machine": row["machine"]}
+
+
+def _by_instructions(results: Results, of: pd.DataFrame, paths: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Rows of latency of these paths, a path at a time, the machine with the least instructions first."""
+    weakest_first = ["", *reversed(INSTRUCTIONS.values())]
+    kept = [row for row in of.to_dict("records") if (row["arm"], row["runtime"]) in paths]
+    return sorted(
+        kept,
+        key=lambda row: (
+            row["arch"],
+            paths.index((row["arm"], row["runtime"])),
+            weakest_first.index(_machine(results, row)["instructions"]),
+            row["machine"],
+            row["size"],
+        ),
+    )
 
 
 def exports(results: Results) -> pd.DataFrame:
@@ -400,8 +444,7 @@ def flips(results: Results) -> pd.DataFrame:
 
 def carry_over(results: Results) -> pd.DataFrame:
     """Latency by image size, batch and pace, with random weights, in one process: ms and times faster than eager FP32."""
-    latency = results.tables["latency"]
-    of = latency[latency.recipe == RANDOM]
+    of = results.carried
     return _lines(
         {"model": model_label(row["arch"]), "path": path_label(row), "size": row["size"], "batch": row["batch"]}
         | {"pace": row["pace"], "threads": row["threads"], "ms": row["median_ms"], "p90 ms": row["p90_ms"]}
@@ -415,16 +458,15 @@ def first_screen(results: Results) -> pd.DataFrame:
 
     Latencies are of one process with random weights, at its largest number of threads; accuracies of the trained models.
     """
-    latency = results.tables["latency"]
-    of = latency[(latency.recipe == RANDOM) & (latency.batch == 1)]
-    of = of[(of.threads == of.threads.max()) & of["size"].isin([32, 224]) & of.pace.isin(["hot", "idle_10"])]
+    of = results.carried[results.carried.batch == 1]
+    of = of[(of.threads == of.threads.max()) & of["size"].isin([32, 224]) & of.pace.isin(PACES)]
     lines = []
     for (arch, arm, runtime), group in of.groupby(["arch", "arm", "runtime"]):
         if (arm, runtime) not in PLAIN:
             continue
         line: dict[str, Any] = {"model": model_label(arch), "path": path_label(group.iloc[0])}
         for (size, pace), row in group.groupby(["size", "pace"]):
-            name = f"{size}x{size}, {'hot' if pace == 'hot' else 'rested'}"
+            name = f"{size}x{size}, {PACES[pace]}"
             line |= {f"{name}, ms": row.median_ms.iloc[0], f"{name}, times": row.speedup.iloc[0]}
         try:
             line |= (

@@ -44,6 +44,7 @@ PARAMETERS: dict[str, Any] = {
     "data_dir": str,
     "limit": Annotated[int, Field(ge=0), AfterValidator(_all_or_several)],
     "run_dir": Annotated[str, Field(min_length=1)],
+    "start_from": Annotated[str, Field(min_length=1)],
     "epochs": Count,
     "extra_epochs": Count,
     "precision": Literal[*PRECISIONS],

@@ -73,6 +73,7 @@ NOTEBOOKS: dict[str, Notebook] = {
     "15_bit_widths": Notebook("first", 4, ("03_qat",), trains=True, experiment=True, eager_int8=True),
     "16_what_accuracy_hides": Notebook("first", 1, ("04_jit", "05_onnx_openvino"), experiment=True, eager_int8=True),
     "17_load": Notebook("none", 5, alone=True, experiment=True),
+    "18_this_machine": Notebook("none", 3, alone=True, experiment=True),
 }
 LEFT_OUT = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.eager_int8 and not LEGACY)
 READERS = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.reads)
@@ -82,8 +83,8 @@ OPTIONAL = tuple(n for n, notebook in NOTEBOOKS.items() if notebook.experiment a
 SIZE_OF = {"resnet18": 1.0, "resnet18_cifar": 5.0, "resnet34": 1.3, "resnet50": 2.0}
 # What a profile says with its models and its name, and nowhere else.
 OF_THE_MODEL = ("arch", "recipe", "seed", "run_dir")
-# Which images: the same for all that is done to a model, so a profile says it under `common`.
-OF_THE_STUDY = ("data", "data_dir", "limit")
+# Which images and which weights: the same for all that is done to a model, so a profile says it under `common`.
+OF_THE_STUDY = ("data", "data_dir", "limit", "start_from")
 
 
 class Block(BaseModel):

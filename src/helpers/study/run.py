@@ -26,6 +26,7 @@ from helpers.report.schema import run_name
 from helpers.study import console
 from helpers.study.pipeline import LEFT_OUT, NOTEBOOKS, SIZE_OF, Profile, load_profile
 from helpers.train.data import check_available
+from helpers.train.published import check_start
 
 # Those that this process may use, which may be fewer than the machine has.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -41,10 +42,13 @@ def run_study(name: str, arguments: list[str]) -> int:
     """Run the profile called `name`; returns Snakemake's exit code, 0 when the book is there.
 
     Snakemake runs in this process, which holds the lock: neither outlives the other. Raises StudyError before any work
-    starts for a bad profile, missing data, a run directory that cannot be written, or one that another study is working in.
+    starts for a bad profile, missing data or published weights, a run directory that cannot be written, or one that another study is working in.
     """
     profile = load_profile(name)
-    check_available(profile.common.get("data", "digits"), profile.common.get("data_dir", ""))
+    data = profile.common.get("data", "digits")
+    check_available(data, profile.common.get("data_dir", ""))
+    for model in profile.trained():
+        check_start(profile.common.get("start_from", "random"), **model, data=data)
     run = Path("runs") / name
     check_writable(run)
     with open(run / ".lock", "w") as lock:
