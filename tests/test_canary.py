@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from helpers.files import StudyError
-from helpers.report.records import accuracy_row, export_row, profile_row, save_record
+from helpers.report.records import save_record
+from helpers.report.rows import accuracy_row, export_row, profile_row
 from helpers.study import canary
 
 OF = {"arch": "resnet18", "recipe": "tuned", "seed": 0}
