@@ -28,10 +28,12 @@ WITH_THE_STUDY = "exec setpriv --pdeathsig TERM " if shutil.which("setpriv") els
 PAPERMILL = f"{WITH_THE_STUDY}{PYTHON} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}" + LOGGED
 MODEL = "-{arch}-{recipe}-s{seed}"
 FIRST = PROFILE.trained()[0]
-# What notebooks make that run once for all models: 8 times random weights, 9 trains models of its own, 7 gathers all records.
+# What notebooks make that run once for all models: 8 times random weights, 9 trains models of its own, 10 takes the study's
+# ResNet18 where nobody brings another model, 7 gathers all records.
 ONCE = {
     "07_analysis": f"{RUN}/book/results/runs.json",
     "08_carry_over": f"{RUN}/records/{run_name('08_carry_over')}.json",
+    "10_your_model": f"{RUN}/records/{run_name('10_your_model', 'resnet18')}.json",
     "09_ptq_collapse": f"{RUN}/records/{run_name('09_ptq_collapse', seed=FIRST['seed'])}.json",
 }
 OWN_RESNET50 = {"arch": "resnet50", "recipe": "tuned", "seed": FIRST["seed"]}

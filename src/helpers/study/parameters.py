@@ -30,6 +30,15 @@ def _all_or_several(limit: int) -> int:
     return limit
 
 
+def _none_or_three(values: list[float]) -> list[float]:
+    if len(values) not in (0, 3):
+        raise PydanticCustomError(
+            "channels", "give a number for each of red, green and blue, or none for the usual ones"
+        )
+    return values
+
+
+Channels = Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_none_or_three)]
 Arch = Literal[*ARCHS]
 RecipeName = Literal[*RECIPES]
 
@@ -62,6 +71,12 @@ PARAMETERS: dict[str, Any] = {
     "arms": list[Literal[*ARMS]],
     "as_reference": bool,
     "first_calls": bool,
+    "model": str,
+    "pretrained": bool,
+    "images": str,
+    "size": Count,
+    "mean": Channels,
+    "std": Channels,
     "width": Annotated[float, Field(ge=0)],
 }
 
