@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import openvino
-import torch
 
 from helpers.files import StudyError, whole_file
+from helpers.serve.profiling import torch_ops
 from helpers.serve.runtimes import compile_openvino
 from helpers.train.models import Predictor
 
@@ -73,20 +73,13 @@ _ONNX_LINEAR = {"Gemm", "MatMul", "FusedGemm", "FusedMatMul", "QGemm", "QLinearM
 def inductor_layers(predictor: Predictor, images: np.ndarray) -> list[dict[str, str]]:
     """The same for a model that Inductor compiled, by the kernels that one call runs: torch's profiler sees them.
 
-    predictor: of `runtimes.inductor_predictor`; images: float32 [N, 3, H, W]. Kernels have no layer's name, so `layer` is a number.
+    predictor: of `runtimes.inductor_predictor`; images: float32 [N, 3, H, W]. Kernels do not know their layer, so `layer` is empty.
     """
-    predictor(images)
-    with torch.autograd.profiler.profile() as profile:
-        predictor(images)
-    called = [event.name for event in profile.function_events if event.name in _INDUCTOR_KERNELS]
     return [
-        {
-            "layer": str(number),
-            "type": _INDUCTOR_KERNELS[name][0],
-            "precision": _INDUCTOR_KERNELS[name][1],
-            "kernel": name,
-        }
-        for number, name in enumerate(called)
+        {"layer": "", "type": kind, "precision": precision, "kernel": op["op"]}
+        for op in torch_ops(predictor, images, calls=1)
+        if op["op"] in _INDUCTOR_KERNELS
+        for kind, precision in [_INDUCTOR_KERNELS[op["op"]]] * op["count"]
     ]
 
 
