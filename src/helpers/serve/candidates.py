@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,12 @@ from helpers.files import NotWritten, StudyError, refused, whole_file
 from helpers.quantize.arms import state_bytes
 from helpers.quantize.nncf import quantize_openvino
 from helpers.quantize.ort import UNSIGNED, quantize_onnxruntime
+from helpers.report.stats import speedup_interval
 from helpers.serve.export import artifact_bytes, convert_to_openvino, export_onnx
 from helpers.serve.foreign import Foreign
 from helpers.serve.inspection import inductor_layers, layers_run_as
 from helpers.serve.runtimes import inductor_predictor, load_predictor
+from helpers.serve.timing import summarise
 from helpers.train.models import Predictor, calibrate, module_predictor
 
 # What was done to the weights, and what runs them; words of report.schema.
@@ -30,6 +32,8 @@ WAYS = (
     *(("fp32", "openvino"), ("fp32", "openvino_bf16"), ("ptq_nncf", "openvino"), ("ptq_ort_u8", "onnxruntime")),
     ("ptq_pt2e", "inductor"),
 )
+
+Timed = tuple[str, str, int, int, str]  # arm, runtime, threads, batch and pace
 
 
 @dataclass
@@ -111,6 +115,24 @@ def float_openvino(model: Foreign, folder: Path) -> Path:
     if not path.exists():
         convert_to_openvino(float_onnx(model, folder), path)
     return path
+
+
+def latency_rows(
+    model: Foreign, machine: str, times: Mapping[Timed, np.ndarray], reference: tuple[str, str], seed: int
+) -> list[dict[str, Any]]:
+    """Rows of yours_latency; speed-ups are over `reference`, an arm and its runtime, under the same conditions.
+
+    times: (arm, runtime, threads, batch, pace) -> ms of each round, float64 [rounds], paired by round. seed: of the intervals.
+    """
+    rows = []
+    for (arm, runtime, threads, batch, pace), ms in times.items():
+        baseline = times[*reference, threads, batch, pace]
+        low, high = speedup_interval(baseline, ms, seed)
+        row = {"model": model.name, "arm": arm, "runtime": runtime, "threads": threads, "batch": batch}
+        row |= {"size": model.size, "pace": pace, "rounds": len(ms), **summarise(ms), "machine": machine}
+        row |= {"speedup": float(np.median(baseline) / np.median(ms)), "speedup_low": low, "speedup_high": high}
+        rows.append(row)
+    return rows
 
 
 def answers(predictor: Predictor, images: np.ndarray, batch: int) -> np.ndarray:
