@@ -188,6 +188,7 @@ def test_an_archive_cannot_run_code(archive, tmp_path):
         ({relu: "torch.ops.load_library"}, ()),
         ({relu: "_operator.attrgetter"}, ()),
         ({relu: "torch.ops.aten.relu.__class__"}, ()),
+        ({"builtins.dict": "collections.defaultdict"}, ()),
         ({}, [("data/aotinductor/model/x.so", b"")]),
         ({}, [("data/constants/custom_obj_0", b"")]),
         ({}, [("data/weights/model.pt", b"")]),

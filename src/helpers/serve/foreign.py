@@ -184,7 +184,7 @@ _ENTRIES = re.compile(
 )
 # Operators by the names that PyTorch writes. A free hand would reach torch.ops.load_library, torch.os.system and operator.attrgetter.
 _OPERATORS = re.compile(
-    r"#?torch\.ops\.(aten|prim|prims|quantized_decomposed|higher_order|torchvision)\.[a-zA-Z]\w*(\.[a-zA-Z]\w*)?"
+    r"torch\.ops\.(aten|prim|prims|quantized_decomposed|higher_order|torchvision)\.[a-zA-Z]\w*(\.[a-zA-Z]\w*)?"
     r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)|math\.\w+|torch\.sym_\w+"
 )
 _FORMULA = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Name, ast.Constant, ast.operator)
@@ -226,12 +226,11 @@ def load_exported(path: Path) -> "torch.export.ExportedProgram":
         if isinstance(error, StudyError):
             raise
         raise StudyError(f"{path} is no whole .pt2 archive ({error}). {EXPORT_IT}") from error
+    vetted = {"target": _is_operator, "as_operator": _is_operator, "expr_str": _is_formula}
+    vetted |= {"in_spec": _is_plain_tree, "out_spec": _is_plain_tree}
     for key, value in _texts(program):
-        harmless = {"target": _is_operator, "expr_str": _is_formula}.get(key)
-        if harmless and not harmless(value):
-            raise StudyError(
-                f"{path} asks for {value!r}, which is no operator or size that the study runs from a file."
-            )
+        if key in vetted and not vetted[key](value):
+            raise StudyError(f"{path} asks for {value!r}, which the study takes from no file.")
     with (
         refused(f"{path} was not read; write it again with this version of PyTorch, {torch.__version__}"),
         _no_pickle(),
@@ -258,6 +257,23 @@ def _is_formula(text: str) -> bool:
         and all(value.isidentifier() if isinstance(value, str) else True for value in constants)
         and all(isinstance(function, ast.Name) and function.id in _FUNCTIONS for function in called)
     )
+
+
+def _is_plain_tree(text: str) -> bool:
+    """Whether a text describes tuples, lists and dictionaries: for other containers PyTorch imports modules by name."""
+
+    def plain(node: dict[str, Any]) -> bool:
+        keys = json.loads(node["context"]) if node["context"] else None
+        return (
+            node["type"] in (None, "builtins.tuple", "builtins.list", "builtins.dict")
+            and (keys is None or (isinstance(keys, list) and all(isinstance(key, str) for key in keys)))
+            and all(map(plain, node["children_spec"]))
+        )
+
+    try:
+        return not text or plain(json.loads(text)[1])
+    except (ValueError, KeyError, TypeError, IndexError):
+        return False
 
 
 def _texts(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
