@@ -17,9 +17,10 @@ from helpers.files import NotWritten, StudyError, refused, whole_file
 from helpers.machine import check_threads, cpu_quota
 from helpers.report.choice import choose_way
 from helpers.report.stats import sqnr_db
-from helpers.serve import foreign
+from helpers.serve import archives
+from helpers.serve.archives import load_exported
 from helpers.serve.candidates import WAYS, answers, float_onnx, make_candidate
-from helpers.serve.foreign import load_exported, of_module, open_model, torchvision_names
+from helpers.serve.foreign import of_module, open_model, torchvision_names
 from helpers.serve.snippets import code_to_copy
 from helpers.train.data import load_data
 from helpers.train.pictures import fitted, load_pictures, resized
@@ -198,9 +199,9 @@ def test_an_archive_cannot_run_code(archive, tmp_path):
     with pytest.raises(StudyError, match="is no program"):  # two readers may take one each
         load_exported(rewritten(archive, bad, added=[("models/model.json", b"{}")]))
     for text in (f"open('{marker}', 'w')", "exit()", "().__class__", "x.y", "[1]", "Symbol('a b')", "lambda: 1"):
-        assert not foreign._is_formula(text), text
+        assert not archives._is_formula(text), text
     for text in ("Symbol('s77', positive=True, integer=True)", "2*s77 + 1", "Max(1, s0//2)", "s0 < 4"):
-        assert foreign._is_formula(text), text
+        assert archives._is_formula(text), text
 
 
 def test_an_archive_whose_sample_inputs_are_a_pickle_is_refused_and_nothing_runs(archive, tmp_path):
