@@ -178,7 +178,7 @@ def code_to_copy(
     written += (_TO_ONNX if of_onnx and kind != ".onnx" else "") + make + "print(logits.argmax(), logits.shape)\n"
     mean, std = normal
     pretrained = model.name.endswith("_pretrained")
-    return Template(written).substitute(
+    return Template(written.lstrip()).substitute(
         path=repr(str(model.path)),
         name=repr(name),
         weights="'DEFAULT'" if pretrained else None,

@@ -83,8 +83,8 @@ def fitted(path: Path, size: int) -> np.ndarray:
         raise StudyError(f"{path} is no whole picture ({error}); take it out of the folder.") from error
 
 
-def resized(dataset: Dataset, size: int, mean: Sequence[float], std: Sequence[float]) -> Dataset:
-    """The study's images at another size and normalised otherwise, as a model of yours takes them."""
+def resized(dataset: Dataset, size: int, most: int, mean: Sequence[float], std: Sequence[float]) -> Dataset:
+    """The study's images at another size and normalised otherwise, as a model of yours takes them; the first `most` of each split."""
 
     def larger(images: Tensor) -> Tensor:
         if images.shape[-1] == size:
@@ -93,7 +93,7 @@ def resized(dataset: Dataset, size: int, mean: Sequence[float], std: Sequence[fl
         return scaled.round().to(torch.uint8)
 
     splits = {
-        part: Split(larger(split.images), split.labels)
+        part: Split(larger(split.first(most).images), split.first(most).labels)
         for part in ("train", "validation", "test")
         for split in (getattr(dataset, part),)
     }
