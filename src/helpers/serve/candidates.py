@@ -55,9 +55,10 @@ class Candidate:
     def predictor(self, threads: int) -> Predictor:
         """Load it, once for each count of threads; PyTorch's count holds for the whole process. Raises StudyError."""
         torch.set_num_threads(threads)
-        if threads not in self._loaded:
-            self._loaded[threads] = self._load(threads)
-        return self._loaded[threads]
+        key = threads if self.path else 0  # what PyTorch runs follows its count
+        if key not in self._loaded:
+            self._loaded[key] = self._load(threads)
+        return self._loaded[key]
 
     def _load(self, threads: int) -> Predictor:
         if self.path:

@@ -38,7 +38,8 @@ def _none_or_three(values: list[float]) -> list[float]:
     return values
 
 
-Channels = Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_none_or_three)]
+Means = Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_none_or_three)]
+Deviations = Annotated[list[Annotated[float, Field(gt=0, le=1)]], AfterValidator(_none_or_three)]
 Arch = Literal[*ARCHS]
 RecipeName = Literal[*RECIPES]
 
@@ -75,8 +76,8 @@ PARAMETERS: dict[str, Any] = {
     "pretrained": bool,
     "images": str,
     "size": Count,
-    "mean": Channels,
-    "std": Channels,
+    "mean": Means,
+    "std": Deviations,
     "width": Annotated[float, Field(ge=0)],
 }
 
