@@ -343,11 +343,9 @@ def test_a_full_disk_ends_the_work_and_is_no_reason_of_a_row(tmp_path, monkeypat
     with pytest.raises(NotWritten, match="What was there before is unchanged"), whole_file(tmp_path / "fp32.onnx"):
         full()
     assert (tmp_path / "fp32.onnx").read_bytes() == b"earlier"
-    monkeypatch.setattr("helpers.serve.candidates.export_onnx", lambda *_: full())
-    with pytest.raises(StudyError):
-        make_candidate(
-            "fp32", "onnxruntime", of_module("net", net(), SIZE), tmp_path / "new", torch.zeros(1, 3, SIZE, SIZE)
-        )
+    monkeypatch.setattr("torch.onnx.export", lambda *_, **__: full())
+    with pytest.raises(NotWritten):
+        make_candidate("fp32", "onnxruntime", of_module("net", net(), SIZE), tmp_path / "new", torch.zeros(1))
 
 
 def test_the_notebook_of_an_onnx_file_ends_with_a_record_and_code_and_harms_no_other_model_s(
