@@ -33,7 +33,7 @@ def load_pictures(folder: str, size: int, most: int, seed: int, mean: Sequence[f
     files, classes = picture_files(folder)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:most]
     chosen = [files[index] for index in order]
-    images = torch.from_numpy(np.stack([fitted(path, size) for path, _ in chosen]))
+    images = torch.from_numpy(np.ascontiguousarray(np.stack([fitted(path, size) for path, _ in chosen])))
     labels = torch.tensor([label for _, label in chosen])
     digest = hashlib.sha256(images.numpy().data)
     digest.update(labels.numpy().data)
