@@ -28,7 +28,8 @@ WITH_THE_STUDY = "exec setpriv --pdeathsig TERM " if shutil.which("setpriv") els
 PAPERMILL = f"{WITH_THE_STUDY}{PYTHON} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}" + LOGGED
 MODEL = "-{arch}-{recipe}-s{seed}"
 FIRST = PROFILE.trained()[0]
-# What notebooks make that run once for all models; 9 trains models of its own, 7 gathers all records.
+# What notebooks make that run once for all models; 9 trains models of its own, 10 takes the study's ResNet18 where nobody
+# brings another model, 7 gathers all records.
 ONCE = {
     notebook: f"{RUN}/records/{run_name(notebook)}.json"
     for notebook, facts in NOTEBOOKS.items()
@@ -36,6 +37,7 @@ ONCE = {
 }
 ONCE |= {
     "07_analysis": f"{RUN}/book/results/runs.json",
+    "10_your_model": f"{RUN}/records/{run_name('10_your_model', 'resnet18')}.json",
     "09_ptq_collapse": f"{RUN}/records/{run_name('09_ptq_collapse', seed=FIRST['seed'])}.json",
 }
 OWN_RESNET50 = {"arch": "resnet50", "recipe": "tuned", "seed": FIRST["seed"]}

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and what goes wrong is said in one sentence."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,12 +17,16 @@ class StudyError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+class NotWritten(StudyError):
+    """A file could not be written: no fault of what was to be written, so it ends the work."""
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` once the block has ended without an error.
 
     The temporary name keeps the suffix of `path`, because writers choose a format by it. A failure leaves what stood
-    at `path` untouched. Raises StudyError when the folder cannot be written or the disk is full.
+    at `path` untouched. Raises NotWritten when the folder cannot be written or the disk is full.
     """
     path = Path(path)
     aside = None
@@ -43,7 +48,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         if reading or (not full and not isinstance(error, OSError)):
             raise
         why = "the disk is full" if full else getattr(error, "strerror", None) or error
-        raise StudyError(
+        raise NotWritten(
             f"{path} could not be written ({why}); free some space or choose a place that can be written. "
             "What was there before is unchanged."
         ) from error
@@ -64,6 +69,8 @@ def refused(what: str) -> Iterator[None]:
         if any(type(link).__name__ == "InvalidCxxCompiler" for link in chain):
             raise StudyError("Inductor found no C++ compiler; install g++ (Debian: apt-get install g++).") from error
         first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise NotWritten(f"The disk is full ({error.filename or first_line}); free some space.") from error
         raise StudyError(f"{what} ({first_line}).") from error
 
 

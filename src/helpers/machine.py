@@ -1,6 +1,7 @@
 """What a number was made on: the facts of this machine that every record carries."""
 
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -125,6 +126,15 @@ def usable_cores(asked: int = 0) -> int:
             f"{asked} cores are asked for, but this process may use {there} (it runs on {runs_on}, with {limit}); give 1 to {there}, or 0 for all."
         )
     return asked or there
+
+
+def check_threads(threads: Sequence[int]) -> None:
+    """Raise StudyError for a count of threads that the CPU quota of this process cannot keep busy: they would wait for each other."""
+    quota = cpu_quota()
+    if quota is not None and max(threads) > math.ceil(quota):
+        raise StudyError(
+            f"threads is {list(threads)}, but this process may use {quota:g} CPUs; give at most {math.ceil(quota)}."
+        )
 
 
 def instructions(isa: Sequence[str]) -> str:

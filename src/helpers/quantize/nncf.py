@@ -40,11 +40,26 @@ def save_openvino(model: "openvino.Model", path: Path) -> None:
             weights.unlink(missing_ok=True)
 
 
-def quantize_openvino(float_path: Path, images: Tensor, path: Path) -> None:
-    """Quantize a float IR with NNCF's post-training quantization, calibrated on `images`, float32 [N, 3, H, W], normalised."""
+# Where the range of an activation comes from. The first is NNCF's own choice: the mean over images of their extremes.
+RANGES = ("mean", "minmax", "median")
+
+
+@refused("NNCF does not quantize it")
+def quantize_openvino(float_path: Path, images: Tensor, path: Path, ranges: str = "mean") -> None:
+    """Quantize a float IR with NNCF's post-training quantization, calibrated on `images`, float32 [N, 3, H, W], normalised.
+
+    ranges: one of RANGES: the mean or the median over images of an activation's smallest and largest value, or the extremes
+    of all images. Raises StudyError with what NNCF said when it fails.
+    """
     model = openvino.Core().read_model(float_path)
     calibration = nncf.Dataset([image.unsqueeze(0).numpy() for image in images])
-    save_openvino(nncf.quantize(model, calibration, subset_size=len(images)), path)
+    advanced = None
+    if ranges != RANGES[0]:
+        estimators = nncf.quantization.range_estimator.RangeEstimatorParametersSet
+        estimator = {"minmax": estimators.MINMAX, "median": estimators.MEDIAN_MINMAX}[ranges]
+        advanced = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=estimator)
+    quantized = nncf.quantize(model, calibration, subset_size=len(images), advanced_parameters=advanced)
+    save_openvino(quantized, path)
 
 
 @refused("NNCF's accuracy control does not quantize it")

@@ -4,10 +4,19 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime.quantization
 from torch import Tensor
 
 from helpers.files import refused, whole_file
+
+UNSIGNED = onnxruntime.quantization.QuantType.QUInt8  # what x86 kernels multiply fastest with signed weights
+
+
+def onnx_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What a caller must give an ONNX model: its inputs but those that are weights."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in stored]
 
 
 @refused("ONNX Runtime does not quantize it")
@@ -23,12 +32,15 @@ def quantize_onnxruntime(
     is what x86 kernels multiply fastest with signed weights. Raises StudyError with what it said when it fails.
     """
 
+    (wanted,) = onnx_inputs(onnx.load(float_path, load_external_data=False))
+    together = wanted.type.tensor_type.shape.dim[0].dim_value or 64  # where the file fixes its batch, only that many
+
     class Reader(onnxruntime.quantization.CalibrationDataReader):
-        batches = iter(images.split(64))
+        batches = iter(images[: len(images) // together * together or len(images)].split(together))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
-            return None if batch is None else {"images": batch.numpy()}
+            return None if batch is None else {wanted.name: batch.numpy()}
 
     with whole_file(path) as aside, tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"

@@ -29,21 +29,27 @@ from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as _x86  
 FORMS = ("prepared_pt2e", "prepared_qat_pt2e")
 
 
-def export_graph(model: nn.Module, size: int = 32) -> nn.Module:
-    """The model as a graph of ATen operators, batch size free; `model` must be in the mode (train or eval) to be exported in.
+def export_graph(model: nn.Module, size: int = 32, batch: int = 0) -> nn.Module:
+    """The model as a graph of ATen operators; `model` must be in the mode (train or eval) to be exported in.
 
-    Input float32 [N, 3, size, size], output as the model's. `train` and `eval` of the result switch its batch norm.
+    Input float32 [N, 3, size, size], output as the model's; batch: the only N that it takes, 0 for any. `train` and `eval`
+    of the result switch its batch norm.
     """
-    graph = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=ANY_BATCH).module()
+    free = None if batch else ANY_BATCH
+    graph = torch.export.export(model, (torch.zeros(batch or 2, 3, size, size),), dynamic_shapes=free).module()
     return _pt2e.allow_exported_model_train_eval(graph)
 
 
-def prepare_pt2e(model: nn.Module) -> nn.Module:
+def prepare_pt2e(model: nn.Module, size: int = 32, batch: int = 0) -> nn.Module:
     """Export a float model and put observers where X86InductorQuantizer wants INT8; calibrate it, then `convert_pt2e`.
 
-    Weights per channel, activations by histogram: the quantizer's own defaults, with the full range of 8 bits.
+    Weights per channel, activations by histogram: the quantizer's own defaults, with the full range of 8 bits. size, batch:
+    see `export_graph`.
     """
-    graph = _prepare(export_graph(model.eval()), _quantizer(is_qat=False))
+    model.eval()  # whose answer is None for a graph
+    graph = export_graph(model, size, batch)
+    _calls_apart(graph)
+    graph = _prepare(graph, _quantizer(is_qat=False))
     return _pt2e.allow_exported_model_train_eval(graph)
 
 
@@ -86,3 +92,17 @@ def rebuild(model: nn.Module, form: str) -> nn.Module:
 def _quantizer(is_qat: bool) -> _x86.X86InductorQuantizer:
     config = _x86.get_default_x86_inductor_quantization_config(is_qat=is_qat)
     return _x86.X86InductorQuantizer().set_global(config)
+
+
+def _calls_apart(graph: nn.Module) -> None:
+    """Give each call of a module a name of its own: the quantizer refuses a ReLU that serves several activations."""
+    seen = set()
+    for node in graph.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if node.op != "call_function" or not stack:
+            continue
+        key = list(stack)[-1]
+        name, kind = stack[key]
+        if (name, node.target) in seen:
+            node.meta["nn_module_stack"] = stack | {key: (f"{name}.{node.name}", kind)}
+        seen.add((name, node.target))

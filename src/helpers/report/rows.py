@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from helpers.report.schema import prediction_key
-from helpers.report.stats import wilson_interval
+from helpers.report.schema import COLUMNS, prediction_key
+from helpers.report.stats import sqnr_db, wilson_interval
 
 if TYPE_CHECKING:
     from helpers.train.training import Evaluation
@@ -103,6 +103,31 @@ def accuracy_rows(model: Mapping[str, Any], data: str, results: Mapping[Served, 
 def predictions_by_key(results: Mapping[Served, "Evaluation"]) -> dict[str, np.ndarray]:
     """The predicted classes that stand beside a record: `schema.prediction_key` -> uint8 [n]."""
     return {prediction_key(*served): found.predictions for served, found in results.items()}
+
+
+def yours_row(
+    way: tuple[str, str],
+    model: str,
+    reason: str,
+    logits: np.ndarray | None,
+    reference: np.ndarray,
+    labels: np.ndarray | None,
+    in_int8: Sequence[bool],
+    **measured: float,
+) -> Row:
+    """One row of yours. way: arm and runtime; reason: why it has no logits; reference: the logits of FP32, float32 [n, classes].
+
+    labels: int64 [n], or None where there are none; in_int8: of each convolution and linear layer that was executed, empty where
+    that is not known; measured: file_bytes and first_call_ms.
+    """
+    row = dict.fromkeys(COLUMNS["yours"][:-1]) | {"model": model, "arm": way[0], "runtime": way[1], "reason": reason}
+    if logits is None:
+        return row
+    classes = logits.argmax(1)
+    row |= {"agreement": float((classes == reference.argmax(1)).mean()), "n": len(classes)} | measured
+    row |= {"top1": None if labels is None else float((classes == labels).mean())}
+    row |= {"sqnr_db": None if np.array_equal(logits, reference) else sqnr_db(reference, logits)}
+    return row | ({"int8_layers": float(np.mean(in_int8)), "layers": len(in_int8)} if len(in_int8) else {})
 
 
 def diagnosis_rows(facts: Mapping[str, Any], check: str, values: Mapping[Any, float], n: int) -> list[Row]:

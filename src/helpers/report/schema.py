@@ -33,9 +33,20 @@ COLUMNS: dict[str, list[str]] = {
     "calibration": (
         "arch recipe seed observer weights images draw data split n correct accuracy seconds run_id".split()
     ),
+    # Models that the study did not make, and its ResNet18 beside them. int8_layers: the share of convolutions and linear layers
+    # that ran in INT8, of `layers`; agreement, top1: with FP32 and with the labels, on n images; reason: why there is no number.
+    "yours": (
+        "model arm runtime file_bytes first_call_ms agreement top1 n sqnr_db int8_layers layers reason run_id".split()
+    ),
+    "yours_latency": (
+        "model arm runtime threads batch size pace rounds median_ms p90_ms p95_ms cv "
+        "speedup speedup_low speedup_high machine run_id"
+    ).split(),
+    "yours_calibration": "model ranges images draw n agreement seconds run_id".split(),
 }
 # Numbers that a row may lack: speed-ups of before they had intervals, and what a row of exports has none of.
 MAY_BE_MISSING = ("speedup_low", "speedup_high", "export_seconds", "first_call_ms", "agreement", "n")
+MAY_BE_MISSING += ("file_bytes", "top1", "sqnr_db", "int8_layers", "layers")
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,7 @@ ARMS: dict[str, Arm] = {
 }
 RUNTIMES: dict[str, str] = {
     "eager": "PyTorch",
+    "eager_channels_last": "PyTorch, channels_last",
     "torchscript": "TorchScript",
     "inductor": "Inductor",
     "aotinductor": "AOTInductor",

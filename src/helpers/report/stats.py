@@ -229,6 +229,12 @@ def shown_faster(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return latency_ratio(first, second).verdict == "faster"
 
 
+def sqnr_db(reference: np.ndarray, answered: np.ndarray) -> float:
+    """Signal to quantization noise ratio in dB of float arrays of one shape: 10 log10(sum x^2 / sum (x - q)^2); inf if equal."""
+    noise = float(np.square(reference.astype(np.float64) - answered).sum())
+    return float(10 * np.log10(np.square(reference, dtype=np.float64).sum() / noise)) if noise else float("inf")
+
+
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
     """How far a model's confidence is from its accuracy, on average over images: a fraction in [0, 1], 0 is calibrated.
 

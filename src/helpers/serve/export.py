@@ -47,15 +47,16 @@ def export_torchscript(model: nn.Module, path: Path) -> None:
 
 
 @refused("PyTorch's ONNX exporter does not write it")
-def export_onnx(model: nn.Module, path: Path, size: int = 32) -> None:
-    """Write a model as ONNX with a free batch size, and check the file.
+def export_onnx(model: nn.Module, path: Path, size: int = 32, batch: int = 0) -> None:
+    """Write a model as ONNX, and check the file.
 
-    model: float, a graph of `pt2e`, or INT8 of eager mode, for input float32 [N, 3, size, size]. The dynamo-based exporter
+    model: float, a graph of `pt2e`, or INT8 of eager mode, for input float32 [N, 3, size, size]; batch: the only N that it
+    takes, 0 for any, as the file does then. The dynamo-based exporter
     writes it, but eager mode's INT8 layers, which that one refuses (torch 2.14): the deprecated, TorchScript-based one makes
     QDQ pairs of them. Raises StudyError when the exporter fails, or the file does not pass ONNX's own checker.
     """
     model.eval()  # whose answer is None for a graph of PT2E
-    images = (torch.zeros(2, 3, size, size),)
+    images = (torch.zeros(batch or 2, 3, size, size),)
     named = {"input_names": ["images"], "output_names": ["logits"], "verbose": False}
     with whole_file(path) as aside, torch.no_grad(), redirect_stdout(io.StringIO()):
         if is_eager_int8(model):
@@ -64,7 +65,7 @@ def export_onnx(model: nn.Module, path: Path, size: int = 32) -> None:
                 model, images, aside, dynamo=False, opset_version=LEGACY_OPSET, dynamic_axes=free, **named
             )
         else:
-            free = {"dynamic_shapes": ANY_BATCH, "opset_version": OPSET}
+            free = {"dynamic_shapes": None if batch else ANY_BATCH, "opset_version": OPSET}
             program = torch.onnx.export(model, images, dynamo=True, **free, **named)
             for node in program.model.graph:  # which it numbers; weights keep PyTorch's names
                 if node.op_type in ("Conv", "Gemm") and node.inputs[1].name.endswith(".weight"):

@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import openvino
 
 from helpers.files import StudyError, whole_file
+from helpers.serve.profiling import torch_ops
 from helpers.serve.sessions import compile_openvino
+from helpers.train.models import Predictor
 
 
 def layers_run_as(path: Path, runtime: str) -> list[dict[str, str]]:
@@ -65,3 +68,37 @@ def _onnxruntime_layers(path: Path) -> Iterator[dict[str, str]]:
 
 
 _ONNX_LINEAR = {"Gemm", "MatMul", "FusedGemm", "FusedMatMul", "QGemm", "QLinearMatMul", "MatMulInteger"}
+
+
+def inductor_layers(predictor: Predictor, images: np.ndarray) -> list[dict[str, str]]:
+    """The same for a model that Inductor compiled, by the kernels that one call runs: torch's profiler sees them.
+
+    predictor: of `runtimes.inductor_predictor`; images: float32 [N, 3, H, W]. Kernels do not know their layer, so `layer` is empty.
+    """
+    return [
+        {"layer": "", "type": kind, "precision": precision, "kernel": op["op"]}
+        for op in torch_ops(predictor, images, calls=1)
+        if op["op"] in _INDUCTOR_KERNELS
+        for kind, precision in [_INDUCTOR_KERNELS[op["op"]]] * op["count"]
+    ]
+
+
+# Outermost operators only: aten::convolution and what it calls would count a layer twice.
+_INDUCTOR_KERNELS = {
+    **{
+        f"onednn::q{kind}": (layer, "int8")
+        for kind, layer in (
+            ("conv_pointwise", "convolution"),
+            ("conv2d_pointwise", "convolution"),
+            ("linear_pointwise", "linear"),
+        )
+    },
+    "onednn::qconv2d_pointwise.binary": ("convolution", "int8"),
+    "mkldnn::_convolution_pointwise": ("convolution", "float32"),
+    "mkldnn::_convolution_pointwise_": ("convolution", "float32"),
+    "aten::convolution": ("convolution", "float32"),
+    "mkldnn::_linear_pointwise": ("linear", "float32"),
+    "mkl::_mkl_linear": ("linear", "float32"),
+    "aten::addmm": ("linear", "float32"),
+    "aten::mm": ("linear", "float32"),
+}

@@ -49,7 +49,7 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
             arms.set_engine(engine)
             return module_predictor(torch.jit.load(path))
         if runtime == "inductor":
-            return _inductor(load_arm(path))
+            return inductor_predictor(load_arm(path))
         if runtime == "aotinductor":
             return _aotinductor(path, threads or torch.get_num_threads())
         return _onnxruntime(path, threads) if runtime == "onnxruntime" else _openvino(path, threads, runtime)
@@ -60,7 +60,11 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
         raise StudyError(f"{runtime} cannot read {path} ({first_line}); if it is damaged, make it again.") from error
 
 
-def _inductor(model: nn.Module) -> Predictor:
+def inductor_predictor(model: nn.Module) -> Predictor:
+    """Compile a float model, or a graph (of `pt2e`, or exported for other images than 32x32), in its first call.
+
+    Raises StudyError for eager-mode INT8, and in the first call when Inductor fails.
+    """
     if is_eager_int8(model):
         raise StudyError("Inductor does not take eager-mode INT8 models; quantize with PT2E for it.")
     import torch._inductor.config
@@ -94,7 +98,8 @@ def _aotinductor(path: Path, threads: int) -> Predictor:
 
 def _onnxruntime(path: Path, threads: int) -> Predictor:
     session = onnxruntime_session(path, threads)
-    return lambda images: session.run(None, {"images": images})[0]
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
 
 
 def _openvino(path: Path, threads: int, runtime: str) -> Predictor:

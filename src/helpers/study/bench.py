@@ -185,6 +185,28 @@ def wall_time(run: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values("seconds", ascending=False, ignore_index=True)
 
 
+def step_times(executed: Path) -> dict[str, float]:
+    """Seconds of each step of a notebook that papermill executed: its headings, and what its cells took under each."""
+    steps: dict[str, float] = {}
+    for cell in nbformat.read(executed, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            titles = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")]
+            steps |= {title: 0.0 for title in titles}
+        elif steps:
+            steps[[*steps][-1]] += cell.metadata.get("papermill", {}).get("duration") or 0.0
+    return steps
+
+
+def your_model_times(folder: Path) -> dict[str, float]:
+    """The same for notebook 10 with torchvision's ResNet50 at 224x224."""
+    import papermill
+
+    given = {"model": "torchvision:resnet50", "run_dir": str(folder / "run")}
+    executed = folder / "10_your_model.ipynb"
+    papermill.execute_notebook("notebooks/10_your_model.ipynb", executed, given, progress_bar=False, log_output=False)
+    return step_times(executed)
+
+
 def main() -> None:
     """Print the ratios, and where the last study spent its time."""
     dataset = bench_data()
@@ -207,6 +229,7 @@ def main() -> None:
         else:
             print("(c) load of 60,000 images from parquet: not measured, CIFAR10_ROOT names no parquet files")
         rows = int8_rows(dataset, folder) if LEGACY else {}
+        yours = your_model_times(folder)
     if not LEGACY:
         print(f"(d) INT8 beside eager FP32: not measured, {NO_LEGACY}")
     for name, milliseconds in rows.items():
@@ -214,6 +237,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         print("(f) served by a process of its own, 1 thread; p50 and p99 ms at 20 random arrivals a second")
         print(load_rows(Path(name)).to_string(index=False, float_format="{:.2f}".format))
+    print(f"(g) notebook 10, ResNet50 at 224x224: {sum(yours.values()):.0f} s")
+    for step, seconds in yours.items():
+        print(f"(g) {step:40s} {seconds:6.1f} s")
     runs = sorted(Path("runs").glob("*/book/_build/html/index.html"), key=lambda page: page.stat().st_mtime)
     if not runs:
         print("(e) wall time by notebook: not measured, no study has been run to its end (make study)")

@@ -227,6 +227,8 @@ def executed_notebook(notebook: str, profile: str) -> Path:
     chosen = {key: model[key] for key in model if key in declared} if "arch" in declared else {}
     if notebook == "09_ptq_collapse":
         chosen = {"seed": model["seed"]}
+    if notebook == "10_your_model":
+        chosen = {"arch": "resnet18"}
     return Path("runs") / profile / "notebooks" / f"{run_name(notebook, **chosen)}.ipynb"
 
 

@@ -32,6 +32,16 @@ def _all_or_several(limit: int) -> int:
     return limit
 
 
+def _none_or_three(values: list[float]) -> list[float]:
+    if len(values) not in (0, 3):
+        raise PydanticCustomError(
+            "channels", "give a number for each of red, green and blue, or none for the usual ones"
+        )
+    return values
+
+
+Means = Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_none_or_three)]
+Deviations = Annotated[list[Annotated[float, Field(gt=0, le=1)]], AfterValidator(_none_or_three)]
 Arch = Literal[*ARCHS]
 RecipeName = Literal[*RECIPES]
 
@@ -70,6 +80,12 @@ PARAMETERS: dict[str, Any] = {
     "shares": Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)],
     "seconds": Annotated[float, Field(gt=0, allow_inf_nan=False)],
     "limit_ms": Annotated[float, Field(gt=0, allow_inf_nan=False)],
+    "model": str,
+    "pretrained": bool,
+    "images": str,
+    "size": Count,
+    "mean": Means,
+    "std": Deviations,
     "width": Annotated[float, Field(ge=0)],
 }
 

@@ -62,6 +62,7 @@ NOTEBOOKS: dict[str, Notebook] = {
     "07_analysis": Notebook("none", 0.3, reads=True),
     "08_carry_over": Notebook("none", 3, alone=True, experiment=True),
     "09_ptq_collapse": Notebook("none", 5, trains=True, experiment=True, eager_int8=True),
+    "10_your_model": Notebook("none", 3, alone=True, experiment=True),
     "11_dead_taps": Notebook(
         "timed", 0.7, ("04_jit", "05_onnx_openvino"), clocks=True, experiment=True, eager_int8=True
     ),
