@@ -113,8 +113,8 @@ def test_every_way_serves_a_module_an_archive_and_an_onnx_file_alike(archive, on
                 continue
             assert sqnr_db(expected, found) > (20 if way[0] != "fp32" or "bf16" in way[1] else 90), way
             layers = candidate.layers(images[:1].numpy())
-            # Of a single image Inductor may make the float linear layer code of its own, which has no kernel's name.
-            seen = {0} if "eager" in way[1] else {3, 4} if way == ("fp32", "inductor") else {4}
+            # Of a single image Inductor may make the linear layer code of its own, which has no kernel's name.
+            seen = {0} if "eager" in way[1] else {3, 4} if way[1] == "inductor" else {4}
             assert len(layers) in seen, (way, layers)
             assert {layer["precision"] for layer in layers} <= {"float32" if way[0] == "fp32" else "int8", "float32"}
             assert way[0] == "fp32" or any(layer["precision"] == "int8" for layer in layers), way

@@ -74,7 +74,7 @@ def inductor_layers(predictor: Predictor, images: np.ndarray) -> list[dict[str, 
     """The same for a model that Inductor compiled, by the kernels that one call runs: torch's profiler sees them.
 
     predictor: of `runtimes.inductor_predictor`; images: float32 [N, 3, H, W]. Kernels do not know their layer, so `layer` is empty.
-    A float linear layer that becomes code of Inductor's own, as for one image, is not among them.
+    A linear layer that becomes code of Inductor's own, as it may for one image, is not among them.
     """
     return [
         {"layer": "", "type": kind, "precision": precision, "kernel": op["op"]}
