@@ -113,7 +113,12 @@ def test_every_way_serves_a_module_an_archive_and_an_onnx_file_alike(archive, on
                 continue
             assert sqnr_db(expected, found) > (20 if way[0] != "fp32" or "bf16" in way[1] else 90), way
             layers = candidate.layers(images[:1].numpy())
-            assert len(layers) == (4 if "eager" not in way[1] else 0), (way, layers)
+            known = {
+                "eager": [0],
+                "eager_channels_last": [0],
+                "inductor": [3, 4],
+            }  # it may write a small product itself
+            assert len(layers) in known.get(way[1], [4]), (way, layers)
             assert {layer["precision"] for layer in layers} <= {"float32" if way[0] == "fp32" else "int8", "float32"}
             assert way[0] == "fp32" or any(layer["precision"] == "int8" for layer in layers), way
             assert candidate.file_bytes > 2000

@@ -73,7 +73,8 @@ _ONNX_LINEAR = {"Gemm", "MatMul", "FusedGemm", "FusedMatMul", "QGemm", "QLinearM
 def inductor_layers(predictor: Predictor, images: np.ndarray) -> list[dict[str, str]]:
     """The same for a model that Inductor compiled, by the kernels that one call runs: torch's profiler sees them.
 
-    predictor: of `runtimes.inductor_predictor`; images: float32 [N, 3, H, W]. Kernels do not know their layer, so `layer` is empty.
+    predictor: of `runtimes.inductor_predictor`; images: float32 [N, 3, H, W]. Kernels do not know their layer, so `layer` is empty;
+    a small product that Inductor writes into a loop of its own is not among them.
     """
     return [
         {"layer": "", "type": kind, "precision": precision, "kernel": op["op"]}
