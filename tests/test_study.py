@@ -103,7 +103,7 @@ def test_a_finished_study_leaves_no_float_exports_and_they_are_made_again_with_t
 
 def test_a_notebook_starts_from_the_published_model_of_a_finished_run_and_nothing_is_trained(smoke, tmp_path):
     path, stored = published.publish(str(smoke), "resnet18", "tuned", 0, tmp_path / "resnet18.safetensors")
-    values = {"run_dir": tmp_path / "run", "limit": 256, "start_from": path, "calibration_images": 64}
+    values = {"run_dir": tmp_path / "run", "limit": 128, "start_from": path, "calibration_images": 32}
     arguments = [part for name, value in values.items() for part in ("-p", name, value)]
     done = papermill("02_ptq", tmp_path / "out.ipynb", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
