@@ -601,7 +601,16 @@ def _carry_machines(results: Results) -> list[Evidence]:
         raise NotMeasured("one machine or none timed larger images")
     rows = [results.row("resnet18", *served, RANDOM) for served in (NNCF, EAGER)]
     found = [
-        _speed(results, *rows, "INT8 (NNCF) over eager FP32, 224x224, hot", run_id=run_id, threads=int(threads), batch=1, size=224, pace="hot")
+        _speed(
+            results,
+            *rows,
+            "INT8 (NNCF) over eager FP32, 224x224, hot",
+            run_id=run_id,
+            threads=int(threads),
+            batch=1,
+            size=224,
+            pace="hot",
+        )
         for run_id, threads in of.groupby("run_id").threads.max().items()
     ]
     first, *rest = sorted(found, key=lambda of: -of.value)
@@ -644,7 +653,15 @@ def _changes(
 def _served(results: Results, arm: str, runtime: str, pace: str, setting: str = "") -> pd.Series:
     """ResNet18 at 32x32 on its most threads, one process, one request at a time. Raises NotMeasured."""
     of = results.tables["load"]
-    wanted = {"arch": "resnet18", "arm": arm, "runtime": runtime, "size": 32, "batch": 1, "pace": pace, "setting": setting}
+    wanted = {
+        "arch": "resnet18",
+        "arm": arm,
+        "runtime": runtime,
+        "size": 32,
+        "batch": 1,
+        "pace": pace,
+        "setting": setting,
+    }
     for column, value in (wanted | {"streams": 1, "processes": 1}).items():
         of = of[of[column] == value]
     if of.empty:
@@ -652,15 +669,25 @@ def _served(results: Results, arm: str, runtime: str, pace: str, setting: str = 
     return of.loc[of.threads.idxmax()]
 
 
-def _load_ratio(what: str, a: float, b: float, row: pd.Series, least: float = -np.inf, most: float = np.inf) -> Evidence:
+def _load_ratio(
+    what: str, a: float, b: float, row: pd.Series, least: float = -np.inf, most: float = np.inf
+) -> Evidence:
     status = _within(a / b / SAME_WORK, a / b * SAME_WORK, least, most)
-    return Evidence(f"ResNet18: {what}", a / b, np.nan, np.nan, "times", status, int(row.n), 1, row.machine, (row.run_id,))
+    return Evidence(
+        f"ResNet18: {what}", a / b, np.nan, np.nan, "times", status, int(row.n), 1, row.machine, (row.run_id,)
+    )
 
 
 def _load_capacity(results: Results) -> list[Evidence]:
     eager, int8 = (_served(results, *row, "hot") for row in (EAGER, NNCF))
     return [
-        _load_ratio("requests a second, INT8 (NNCF) over eager FP32", int8.images_per_second, eager.images_per_second, int8, least=3),
+        _load_ratio(
+            "requests a second, INT8 (NNCF) over eager FP32",
+            int8.images_per_second,
+            eager.images_per_second,
+            int8,
+            least=3,
+        ),
         _load_ratio("memory, eager FP32 over INT8 (NNCF)", eager.memory_bytes, int8.memory_bytes, int8, least=3),
     ]
 
@@ -677,9 +704,9 @@ def _load_queue(results: Results) -> list[Evidence]:
 def _keep_warm(results: Results) -> list[Evidence]:
     found = []
     for arm, runtime in (OPENVINO, NNCF):
-        rested, warm = (_served(results, arm, runtime, "idle_50", setting) for setting in ("", "keep warm, 5 ms"))
-        what = f"{arm_facts(arm).label} in {RUNTIMES[runtime]}, a rested call over one that was kept warm"
-        found.append(_load_ratio(what, rested.p50_ms, warm.p50_ms, warm, most=1.3))
+        hot, warm = (_served(results, arm, runtime, *how) for how in (("hot",), ("idle_50", "keep warm, 5 ms")))
+        what = f"{arm_facts(arm).label} in {RUNTIMES[runtime]}, a rested call that was kept warm over one in a row"
+        found.append(_load_ratio(what, warm.p50_ms, hot.p50_ms, warm, least=1.5))
     return found
 
 
@@ -915,8 +942,8 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "keep-warm",
-        "After 50 ms of rest, a keep-warm call every 5 ms makes ResNet18 in OpenVINO at most 1.3x faster.",
-        ("50", "5", "1.3"),
+        "A keep-warm call every 5 ms does not bring the hot loop back: after 50 ms of rest, a call of ResNet18 in OpenVINO still takes more than 1.5x as long.",
+        ("50", "5", "1.5"),
         _keep_warm,
     ),
 )  # fmt: skip
