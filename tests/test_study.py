@@ -125,7 +125,8 @@ def test_the_canary_finds_a_run_the_same_as_itself_and_tells_what_is_spoiled_in_
     spoiled = tmp_path / "spoiled"
     for part in ("records", "notebooks"):
         shutil.copytree(smoke / part, spoiled / part)
-    (spoiled / "records" / "08_carry_over.json").unlink()
+    for gone in ("08_carry_over", "12_runtimes-resnet18-tuned-s0"):
+        (spoiled / "records" / f"{gone}.json").unlink()
     record = spoiled / "records" / "05_onnx_openvino-resnet18-tuned-s0.json"
     record.write_text(record.read_text().replace("convolution, int8", "convolution, float32"))
     arrays = record.with_suffix(".npz")
@@ -135,7 +136,8 @@ def test_the_canary_finds_a_run_the_same_as_itself_and_tells_what_is_spoiled_in_
     assert found.status["ResNet18", "OpenVINO: FP32"] == "answers changed"
     assert found.status["ResNet18", "OpenVINO: INT8 (NNCF)"] == "left INT8"
     died = found[found.status == "died"]
-    assert len(died) and {*died.reason} == {"08_carry_over was not run"}
+    assert {*died.reason} == {"08_carry_over was not run"} | {"12_runtimes-resnet18-tuned-s0 was not run"}
+    assert ("ResNet18", "Inductor: INT8 (PT2E)") in died.index  # still timed by notebook 6, but not scored any more
 
 
 PT2E_RUNTIMES = ("inductor", "aotinductor", "onnxruntime", "openvino")

@@ -63,14 +63,17 @@ def _matching(of: pd.DataFrame, row: Row, keys: Sequence[str] = ROW) -> pd.DataF
 
 def _compared(row: Row, before: Results, after: Results, newest: Path) -> dict[str, object]:
     """A line of `compare`."""
-    was, there = (not _matching(results.rows, row).empty for results in (before, after))
+    was, there = (
+        {table for table, of in (("scores", r.scores), ("latency", r.tables["latency"])) if len(_matching(of, row))}
+        for r in (before, after)
+    )
     changed, n = _changed_answers(row, before, after)
     int8 = [_int8_percent(row, results) for results in (before, after)]
     applies = {
-        "died": was and not there,
+        "died": bool(was - there),
         "left INT8": int8[1] < int8[0],
         "answers changed": changed > 0,
-        "new": there and not was,
+        "new": not was,
         "same": True,
     }
     return {
@@ -106,8 +109,9 @@ def _int8_percent(row: Row, results: Results) -> float:
 def _reason(row: Row, before: Results, after: Results, newest: Path) -> str:
     """Why a row died: what its export was refused with, else what stopped its notebook, else which notebook left it out."""
     refused = [reason for reason in _matching(after.tables["exports"], row, FILE).reason if reason]
-    run_id = _matching(before.rows, row).run_ids.iloc[0][0]
-    return [*refused, f"{run_id} has no such row" if run_id in after.runs else _stopped(run_id, newest)][0]
+    made_by = [run_id for run_ids in _matching(before.rows, row).run_ids for run_id in run_ids]
+    stopped = [_stopped(run_id, newest) for run_id in made_by if run_id not in after.runs]
+    return [*refused, *stopped, f"{made_by[0]} has no such row"][0]
 
 
 def _stopped(run_id: str, run: Path) -> str:
