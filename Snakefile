@@ -28,18 +28,13 @@ WITH_THE_STUDY = "exec setpriv --pdeathsig TERM " if shutil.which("setpriv") els
 PAPERMILL = f"{WITH_THE_STUDY}{PYTHON} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}" + LOGGED
 MODEL = "-{arch}-{recipe}-s{seed}"
 FIRST = PROFILE.trained()[0]
-# What notebooks make that run once for all models; 9 trains models of its own, 10 takes the study's ResNet18 where nobody
-# brings another model, 7 gathers all records.
+# What notebooks make that run once for all models: a record, and 7 gathers all of them.
 ONCE = {
-    notebook: f"{RUN}/records/{run_name(notebook)}.json"
+    notebook: f"{RUN}/records/{PROFILE.run_id(notebook)}.json"
     for notebook, facts in NOTEBOOKS.items()
-    if facts.models == "none" and not facts.trains and not facts.reads
+    if facts.models == "none"
 }
-ONCE |= {
-    "07_analysis": f"{RUN}/book/results/runs.json",
-    "10_your_model": f"{RUN}/records/{run_name('10_your_model', 'resnet18')}.json",
-    "09_ptq_collapse": f"{RUN}/records/{run_name('09_ptq_collapse', seed=FIRST['seed'])}.json",
-}
+ONCE["07_analysis"] = f"{RUN}/book/results/runs.json"
 OWN_RESNET50 = {"arch": "resnet50", "recipe": "tuned", "seed": FIRST["seed"]}
 
 
@@ -131,7 +126,7 @@ for notebook in [notebook for notebook in PLANNED if notebook in ONCE]:
         output:
             update(ONCE[notebook]),
         log:
-            f"{RUN}/notebooks/{Path(ONCE[notebook]).stem if notebook != '07_analysis' else notebook}.ipynb",
+            f"{RUN}/notebooks/{PROFILE.run_id(notebook)}.ipynb",
         params:
             shlex.quote(json.dumps(PROFILE.arguments(notebook, NAME, seed=FIRST["seed"]))),
         threads: threads_of(notebook)

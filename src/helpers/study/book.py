@@ -22,8 +22,7 @@ import yaml
 from helpers.files import StudyError, whole_file
 from helpers.report import claims, figures, tables
 from helpers.report.results import Results
-from helpers.report.schema import run_name
-from helpers.study.pipeline import NOTEBOOKS, READERS, collect, declared_parameters, load_profile
+from helpers.study.pipeline import NOTEBOOKS, READERS, collect, load_profile
 
 PAGES = Path("book")
 README = Path("README.md")
@@ -222,14 +221,7 @@ def build(book: Path) -> Path:
 
 def executed_notebook(notebook: str, profile: str) -> Path:
     """Where the run of a profile keeps an executed notebook; of those that handle one model, its first model's."""
-    model = load_profile(profile).trained()[0]
-    declared = declared_parameters(notebook)
-    chosen = {key: model[key] for key in model if key in declared} if "arch" in declared else {}
-    if notebook == "09_ptq_collapse":
-        chosen = {"seed": model["seed"]}
-    if notebook == "10_your_model":
-        chosen = {"arch": "resnet18"}
-    return Path("runs") / profile / "notebooks" / f"{run_name(notebook, **chosen)}.ipynb"
+    return Path("runs") / profile / "notebooks" / f"{load_profile(profile).run_id(notebook)}.ipynb"
 
 
 def book_of_run(profile: str) -> Path:

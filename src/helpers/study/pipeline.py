@@ -146,6 +146,19 @@ class Profile(BaseModel):
         }
         return [model for model in chosen[NOTEBOOKS[notebook].models] if self.runs(notebook, model)]
 
+    def run_id(self, notebook: str) -> str:
+        """The run of a notebook that the book shows: of those that handle one model, its first model's.
+
+        Of the others 9 names the seed of its trainings, and 10 the study's ResNet18, where nobody brings another model.
+        """
+        first, declared = self.trained()[0], declared_parameters(notebook)
+        chosen = {key: first[key] for key in first if key in declared} if "arch" in declared else {}
+        if notebook == "09_ptq_collapse":
+            chosen = {"seed": first["seed"]}
+        if notebook == "10_your_model":
+            chosen = {"arch": "resnet18"}
+        return run_name(notebook, **chosen)
+
     def arguments(self, notebook: str, name: str, **chosen: Any) -> dict[str, Any]:
         """The papermill parameters of one run of `notebook` under the profile called `name`; `chosen` wins."""
         declared = declared_parameters(notebook)
