@@ -482,7 +482,12 @@ def _machines(results: Results) -> list[Evidence]:
     rows = results.row("resnet18", *NNCF), results.row("resnet18", *EAGER)
     here = _speed(results, *rows, "INT8 (NNCF) over eager FP32")
     there = [_speed(results, *rows, "INT8 (NNCF) over eager FP32", run_id=run_id) for run_id, _ in _elsewhere(results)]
-    first, *rest = sorted([here, *there], key=lambda of: -of.value)
+    return _twice_apart([here, *there])
+
+
+def _twice_apart(found: Iterable[Evidence]) -> list[Evidence]:
+    """The largest first, which holds if it is more than twice the smallest."""
+    first, *rest = sorted(found, key=lambda of: -of.value)
     return [_with(first, _within(first.low, first.high, least=2 * rest[-1].high)), *rest]
 
 
@@ -600,21 +605,12 @@ def _carry_machines(results: Results) -> list[Evidence]:
     if of.run_id.nunique() < 2:
         raise NotMeasured("one machine or none timed larger images")
     rows = [results.row("resnet18", *served, RANDOM) for served in (NNCF, EAGER)]
-    found = [
-        _speed(
-            results,
-            *rows,
-            "INT8 (NNCF) over eager FP32, 224x224, hot",
-            run_id=run_id,
-            threads=int(threads),
-            batch=1,
-            size=224,
-            pace="hot",
-        )
-        for run_id, threads in of.groupby("run_id").threads.max().items()
-    ]
-    first, *rest = sorted(found, key=lambda of: -of.value)
-    return [_with(first, _within(first.low, first.high, least=2 * rest[-1].high)), *rest]
+    what, conditions = "INT8 (NNCF) over eager FP32, 224x224, hot", {"batch": 1, "size": 224, "pace": "hot"}
+    most_threads = of.groupby("run_id").threads.max()
+    return _twice_apart(
+        _speed(results, *rows, what, run_id=run_id, threads=int(count), **conditions)
+        for run_id, count in most_threads.items()
+    )
 
 
 CARRIED = ("resnet18", "resnet50")
@@ -653,16 +649,8 @@ def _changes(
 def _served(results: Results, arm: str, runtime: str, pace: str, setting: str = "") -> pd.Series:
     """ResNet18 at 32x32 on its most threads, one process, one request at a time. Raises NotMeasured."""
     of = results.tables["load"]
-    wanted = {
-        "arch": "resnet18",
-        "arm": arm,
-        "runtime": runtime,
-        "size": 32,
-        "batch": 1,
-        "pace": pace,
-        "setting": setting,
-    }
-    for column, value in (wanted | {"streams": 1, "processes": 1}).items():
+    wanted = {"arch": "resnet18", "arm": arm, "runtime": runtime, "size": 32, "batch": 1, "streams": 1, "processes": 1}
+    for column, value in (wanted | {"pace": pace, "setting": setting}).items():
         of = of[of[column] == value]
     if of.empty:
         raise NotMeasured(f"{arm} in {runtime} was not served at {pace}")

@@ -86,14 +86,9 @@ def inductor_layers(predictor: Predictor, images: np.ndarray) -> list[dict[str, 
 
 # Outermost operators only: aten::convolution and what it calls would count a layer twice.
 _INDUCTOR_KERNELS = {
-    **{
-        f"onednn::q{kind}": (layer, "int8")
-        for kind, layer in (
-            ("conv_pointwise", "convolution"),
-            ("conv2d_pointwise", "convolution"),
-            ("linear_pointwise", "linear"),
-        )
-    },
+    "onednn::qconv_pointwise": ("convolution", "int8"),
+    "onednn::qconv2d_pointwise": ("convolution", "int8"),
+    "onednn::qlinear_pointwise": ("linear", "int8"),
     "onednn::qconv2d_pointwise.binary": ("convolution", "int8"),
     "mkldnn::_convolution_pointwise": ("convolution", "float32"),
     "mkldnn::_convolution_pointwise_": ("convolution", "float32"),

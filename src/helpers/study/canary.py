@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from helpers.files import StudyError, whole_file
-from helpers.report.records import gather
+from helpers.report.records import gather, runs_of
 from helpers.report.results import ROW, NotMeasured, Results, Row
 from helpers.report.schema import COLUMNS, RANDOM, arm_facts
 from helpers.report.tables import as_text, model_label, path_label
@@ -31,12 +31,12 @@ STATUSES = ("died", "left INT8", "answers changed", "new", "same")  # the first 
 def compare(pinned: Path, newest: Path) -> pd.DataFrame:
     """What became of each row that was scored or timed in either of two run directories, the worst first.
 
-    A notebook that left no record is a line, too: its run_id stands as the path. Columns: model, path, status (of STATUSES); answers changed of n test images, over the seeds that both have; the share of
-    layers that ran in INT8, in percent, where it was recorded (NaN elsewhere); the reason why a row died. A run that stopped
+    A notebook that left no record is a line, too: its run_id stands as the path. Columns: model, path, status (of STATUSES);
+    answers changed of n test images, over the seeds that both have; the share of layers that ran in INT8, in percent, where it was recorded (NaN elsewhere); the reason why a row died. A run that stopped
     early is compared as far as it came. Raises StudyError when `pinned` has no records, or records are damaged.
     """
     with TemporaryDirectory() as folder:
-        if not [*(pinned / "records").glob("*.json")]:
+        if not _has_records(pinned):
             raise StudyError(f"There are no records in {pinned}; run the study there first.")
         before, after = (_results(run, Path(folder) / name) for run, name in ((pinned, "pinned"), (newest, "newest")))
         rows = pd.concat([before.rows, after.rows])[ROW].drop_duplicates().sort_values(ROW).to_dict("records")
@@ -49,8 +49,12 @@ def compare(pinned: Path, newest: Path) -> pd.DataFrame:
     return frame.sort_values("status", key=lambda of: of.map(STATUSES.index), kind="stable").reset_index(drop=True)
 
 
+def _has_records(run: Path) -> bool:
+    return any((run / "records").glob("*.json"))
+
+
 def _results(run: Path, folder: Path) -> Results:
-    if not [*(run / "records").glob("*.json")]:
+    if not _has_records(run):
         return Results(run, {table: pd.DataFrame(columns=columns) for table, columns in COLUMNS.items()}, {})
     gather(str(run), folder)
     return Results.open(folder)
@@ -121,12 +125,11 @@ def _stopped(run_id: str, run: Path) -> str:
 
 def versions(pinned: Path, newest: Path) -> pd.DataFrame:
     """Version of each package in the two runs, and the date of their last records."""
-    with TemporaryDirectory() as folder:
-        found = {}
-        for name, run in (("pinned", pinned), ("newest", newest)):
-            runs = _results(run, Path(folder) / name).runs.values()
-            last = max(runs, key=lambda of: of["date"], default={"date": "", "versions": {}})
-            found[name] = {"date": last["date"]} | last["versions"]
+    found = {}
+    for name, run in (("pinned", pinned), ("newest", newest)):
+        runs = runs_of(str(run)).values() if _has_records(run) else ()
+        last = max(runs, key=lambda of: of["date"], default={"date": "", "versions": {}})
+        found[name] = {"date": last["date"]} | last["versions"]
     return pd.DataFrame(found).fillna("").rename_axis("package").reset_index()
 
 
