@@ -1,5 +1,6 @@
-# make study [PROFILE=quick|cifar10|reference] · make test · make book · make publish · make lint · make bench · make machine · make canary · make repository URL=...
+# make study [PROFILE=quick|cifar10|reference] · make test [STUDY=smoke_full] · make book · make publish · make lint · make bench · make machine · make canary · make repository URL=...
 PROFILE ?= quick
+STUDY ?= smoke
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -10,7 +11,7 @@ study: $(BIN)/installed
 	$(BIN)/python -m helpers.study.run $(PROFILE)
 
 test: $(BIN)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --study $(STUDY)
 
 book: $(BIN)/installed
 	$(BIN)/python -m helpers.study.book published

@@ -15,9 +15,24 @@ def _from_the_top_folder(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--study", default="smoke", choices=("smoke", "smoke_full"), help="full: the experiments, too")
+
+
+# A file stays in one of the two processes; those that take longest start first, so that neither waits at the end.
+LONGEST_FIRST = [
+    "test_study.py",
+    "test_runtimes.py",
+    "test_quantization.py",
+    "test_without_torch_ao.py",
+    "test_colab.py",
+]
+LONGEST_FIRST += ["test_training.py", "test_your_model.py", "test_claims.py"]
+
+
 def pytest_collection_modifyitems(items):
-    """The tests of the smoke study first: they take longest, and the other process has all the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_study.py")
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def run(*command, cwd=ROOT, **environment):
@@ -41,13 +56,23 @@ def papermill(notebook, output, *arguments, **environment):
 
 
 @pytest.fixture(scope="session")
-def smoke():
-    """The whole study, smoke profile, from nothing: its run directory."""
+def smoke(request):
+    """The study in small, from nothing: its run directory, which has the profile's name."""
     import shutil
 
-    shutil.rmtree(ROOT / "runs" / "smoke", ignore_errors=True)
-    done = run(sys.executable, "-m", "helpers.study.run", "smoke", "--max-threads", "1")
+    profile = request.config.getoption("--study")
+    folder = ROOT / "runs" / profile
+    shutil.rmtree(folder, ignore_errors=True)
+    done = run(sys.executable, "-m", "helpers.study.run", profile, "--max-threads", "1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert done.stdout.splitlines()[-1].endswith("index.html")
-    (ROOT / "runs" / "smoke" / "console.txt").write_text(done.stdout)
-    return ROOT / "runs" / "smoke"
+    (folder / "console.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke_full(smoke):
+    """The same with the experiments, for the tests that need them."""
+    if smoke.name != "smoke_full":
+        pytest.skip("the experiments run with: make test STUDY=smoke_full")
+    return smoke

@@ -53,7 +53,7 @@ def test_a_notebook_works_from_the_top_folder_wherever_it_was_opened(tmp_path, m
         check_parameters(namespace({}))
 
 
-@pytest.mark.parametrize("name", ["smoke", "quick", "full", "cifar10", "reference"])
+@pytest.mark.parametrize("name", ["smoke", "smoke_full", "quick", "full", "cifar10", "reference"])
 def test_every_profile_is_a_good_one(name):
     assert load_profile(name).timed()
 
@@ -91,7 +91,7 @@ def test_a_bad_profile_ends_in_a_sentence_that_names_the_file(tmp_path, text, sa
 
 
 def test_an_unknown_profile_names_those_there_are():
-    with pytest.raises(StudyError, match="cifar10, full, quick, reference, smoke"):
+    with pytest.raises(StudyError, match="cifar10, full, quick, reference, smoke, smoke_full"):
         load_profile("quik")
 
 

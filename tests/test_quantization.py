@@ -282,25 +282,17 @@ del torchvision.models.quantization
 builtins.__import__ = without
 """
 WHAT_STAYS = """
-import sys
-from pathlib import Path
-
 import torch
 
 from helpers.quantize import arms, nncf, pt2e
 from helpers.serve import export, inspection
 from helpers.train.models import ARCHS, build_model, calibrate
 
-folder, images = Path(sys.argv[1]), torch.randn(8, 3, 32, 32)
+images = torch.randn(8, 3, 32, 32)
 models = {arch: build_model(arch).eval() for arch in ARCHS}
-for arch in ("resnet18", "resnet50"):
-    graph = pt2e.prepare_pt2e(models[arch])
-    calibrate(graph, images)
-    assert pt2e.convert_pt2e(graph)(images).isfinite().all()
-export.export_onnx(models["resnet18"], folder / "fp32.onnx")
-export.convert_to_openvino(folder / "fp32.onnx", folder / "fp32.xml")
-nncf.quantize_openvino(folder / "fp32.xml", images, folder / "ptq_nncf.xml")
-assert {layer["precision"] for layer in inspection.layers_run_as(folder / "ptq_nncf.xml", "openvino")} == {"int8"}
+graph = pt2e.prepare_pt2e(models["resnet18"])
+calibrate(graph, images)
+assert pt2e.convert_pt2e(graph)(images).isfinite().all()
 assert not arms.LEGACY
 try:
     arms.fusee
@@ -315,8 +307,8 @@ fuse(models["resnet18"])
 """
 
 
-def test_without_torch_ao_float_models_build_pt2e_and_nncf_quantize_and_eager_mode_ends_in_a_sentence(tmp_path):
-    done = run(sys.executable, "-c", WITHOUT_TORCH_AO + WHAT_STAYS, tmp_path)
+def test_without_torch_ao_float_models_build_pt2e_quantizes_and_eager_mode_ends_in_a_sentence():
+    done = run(sys.executable, "-c", WITHOUT_TORCH_AO + WHAT_STAYS)
     last = done.stderr.splitlines()[-1]
     assert "StudyError: torch" in last and "has no torch.ao.quantization: the legacy rows" in last, done.stderr
     assert done.stdout.splitlines()[-2] == "a typo is a typo" and done.stdout.splitlines()[-1] in last

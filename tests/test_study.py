@@ -22,7 +22,7 @@ from helpers.report.results import Results
 from helpers.serve.runtimes import RUNTIMES
 from helpers.study import canary
 from helpers.study.book import EARLIER, README, is_of_today, mark_if_earlier, publish, published_book
-from helpers.study.pipeline import NOTEBOOKS, collect, ensure
+from helpers.study.pipeline import NOTEBOOKS, collect, ensure, load_profile
 from helpers.study.repository import repository_url, rewrite
 from helpers.train import published
 
@@ -57,36 +57,53 @@ def test_every_notebook_has_the_same_setup_one_parameters_cell_and_a_badge_of_it
         )
 
 
-def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
+def test_the_study_runs_and_its_tables_are_complete(smoke):
     tables = Results.open(smoke / "book" / "results").tables
     accuracy, latency = tables["accuracy"], tables["latency"]
     explained = set(re.findall(r"`(\w+)`", (ROOT / "book" / "methods.md").read_text()))
     assert {"fp32", "ptq", "qat", *accuracy.arm} <= explained and {*accuracy.runtime} <= explained
+    assert {("fp32", runtime) for runtime in WALKED} <= rows_of(accuracy)
+    trained = latency[latency.recipe != "random"]
+    assert set(trained.engine) == {"", *ENGINES}
+    assert rows_of(trained, "engine") <= rows_of(accuracy, "engine")
+    assert (latency[(latency.arm == "fp32") & (latency.runtime == "eager")].speedup == 1).all()
+    assert accuracy.ci_low.le(accuracy.accuracy).all() and accuracy.ci_high.ge(accuracy.accuracy).all()
+    assert (accuracy.correct / accuracy.n == accuracy.accuracy).all()
+
+
+def test_the_experiments_run_and_their_tables_are_complete(smoke_full):
+    tables = Results.open(smoke_full / "book" / "results").tables
     exports = tables["exports"]
-    refused = set(exports[exports.reason != ""][["arm", "runtime"]].itertuples(index=False, name=None))
+    refused = rows_of(exports[exports.reason != ""])
     wanted = {("fp32", runtime) for runtime in RUNTIMES} | {
         ("ptq_longer_trimmed", "openvino"),
         ("qat_nncf", "openvino"),
     }
     wanted |= {(f"{how}_pt2e", runtime) for how in ("ptq", "qat") for runtime in PT2E_RUNTIMES}
-    assert wanted - refused <= set(accuracy[["arm", "runtime"]].itertuples(index=False, name=None))
+    assert wanted - refused <= rows_of(tables["accuracy"])
     assert {row for row in refused if not _may_be_refused(*row)} == set()
-    trained = latency[latency.recipe != "random"]
-    assert set(trained.engine) == {"", *ENGINES}
-    scored = set(accuracy[["arm", "runtime", "engine"]].itertuples(index=False, name=None))
-    assert set(trained[["arm", "runtime", "engine"]].itertuples(index=False, name=None)) <= scored
-    assert (latency[(latency.arm == "fp32") & (latency.runtime == "eager")].speedup == 1).all()
-    assert set(latency.pace) >= {"hot", "idle_10"}
+    assert set(tables["latency"].pace) >= {"hot", "idle_10"}
     assert set(tables["load"].pace) == {"hot", "idle_10", "load_50"}
-    assert accuracy.ci_low.le(accuracy.accuracy).all() and accuracy.ci_high.ge(accuracy.accuracy).all()
-    assert (accuracy.correct / accuracy.n == accuracy.accuracy).all()
+
+
+WALKED = ("eager", "torchscript", "onnxruntime", "openvino")
+
+
+def rows_of(table, *more):
+    """The rows of a table of results, as tuples of arm, runtime and `more`."""
+    return set(table[["arm", "runtime", *more]].itertuples(index=False, name=None))
+
+
+def planned(smoke):
+    """The notebooks of its profile."""
+    return [name for name in NOTEBOOKS if load_profile(smoke.name).planned(name)]
 
 
 def test_a_study_shows_a_line_a_notebook_its_headline_and_which_findings_hold(smoke):
     """Of the smoke study's first call: everything else it printed is in its log."""
     console = (smoke / "console.txt").read_text()
     shown = [name for name in NOTEBOOKS if re.search(rf"of \d+  {name}.*: [\d.]+ min", console)]
-    assert shown == list(NOTEBOOKS)
+    assert shown == planned(smoke)
     assert "epoch 1/1: loss" in console and len(console.splitlines()) < 100
     assert "OpenVINO: INT8 (NNCF)" in console and "Published findings here:" in console
     assert "jobid" not in console and "Executing notebook" in (smoke / "study.log").read_text()
@@ -125,8 +142,7 @@ def test_the_canary_finds_a_run_the_same_as_itself_and_tells_what_is_spoiled_in_
     spoiled = tmp_path / "spoiled"
     for part in ("records", "notebooks"):
         shutil.copytree(smoke / part, spoiled / part)
-    for gone in ("08_carry_over", "12_runtimes-resnet18-tuned-s0"):
-        (spoiled / "records" / f"{gone}.json").unlink()
+    (spoiled / "records" / "04_jit-resnet18-tuned-s0.json").unlink()
     record = spoiled / "records" / "05_onnx_openvino-resnet18-tuned-s0.json"
     record.write_text(record.read_text().replace("convolution, int8", "convolution, float32"))
     arrays = record.with_suffix(".npz")
@@ -136,8 +152,8 @@ def test_the_canary_finds_a_run_the_same_as_itself_and_tells_what_is_spoiled_in_
     assert found.status["ResNet18", "OpenVINO: FP32"] == "answers changed"
     assert found.status["ResNet18", "OpenVINO: INT8 (NNCF)"] == "left INT8"
     died = found[found.status == "died"]
-    assert {*died.reason} == {"08_carry_over was not run"} | {"12_runtimes-resnet18-tuned-s0 was not run"}
-    assert ("ResNet18", "Inductor: INT8 (PT2E)") in died.index  # still timed by notebook 6, but not scored any more
+    assert {*died.reason} == {"04_jit-resnet18-tuned-s0 was not run"}
+    assert ("ResNet18", "TorchScript: FP32") in died.index  # still timed by notebook 6, but not scored any more
 
 
 PT2E_RUNTIMES = ("inductor", "aotinductor", "onnxruntime", "openvino")
@@ -155,7 +171,7 @@ def _may_be_refused(arm, runtime):
 
 def test_a_second_study_finds_everything_done(smoke):
     before = {path: path.stat().st_mtime_ns for path in (smoke / "records").iterdir()}
-    done = run(sys.executable, "-m", "helpers.study.run", "smoke")
+    done = run(sys.executable, "-m", "helpers.study.run", smoke.name)
     assert done.returncode == 0, done.stderr[-2000:]
     assert before == {path: path.stat().st_mtime_ns for path in (smoke / "records").iterdir()}
 
@@ -164,7 +180,7 @@ def test_two_studies_in_one_run_directory_are_refused(smoke):
     from filelock import FileLock
 
     with FileLock(smoke / ".lock"):
-        done = run(sys.executable, "-m", "helpers.study.run", "smoke")
+        done = run(sys.executable, "-m", "helpers.study.run", smoke.name)
     assert done.returncode != 0 and "Another study is running" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -199,7 +215,7 @@ def test_the_cluster_path_of_snakemake_runs_the_same_file(smoke):
     command = ["--executor", "cluster-generic", "--cluster-generic-submit-cmd", "bash", "--jobs", "1", "--cores", "1"]
     done = run(
         *(sys.executable, "-m", "snakemake", *command, "--nolock", "--latency-wait", "2", "--forcerun", "07_analysis"),
-        *("--until", "07_analysis", "--config", "profile=smoke"),
+        *("--until", "07_analysis", "--config", f"profile={smoke.name}"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert gathered.stat().st_mtime_ns > before
@@ -346,7 +362,7 @@ def test_a_sentence_of_the_findings_leads_to_its_claim(site):
 
 
 def test_chapters_carry_the_code_of_their_notebooks(smoke):
-    for name in NOTEBOOKS:
+    for name in planned(smoke):
         assert is_of_today(smoke / "book" / "chapters" / f"{name}.ipynb", ROOT / "notebooks" / f"{name}.ipynb"), name
 
 
@@ -364,10 +380,10 @@ def test_publishing_adds_a_run_keeps_the_others_and_leaves_all_as_it_was_if_the_
     monkeypatch.setattr("helpers.study.book.READERS", ())  # another test runs notebook 7
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr("helpers.study.book.published_book", lambda **_: 1 / 0)
-        publish("smoke", committed, readme)
+        publish(smoke.name, committed, readme)
     assert before == {path: path.read_bytes() for path in committed.rglob("*.*")} and "old" in readme.read_text()
     monkeypatch.setattr("helpers.study.book.published_book", lambda **_: None)
-    publish("smoke", committed, readme)
+    publish(smoke.name, committed, readme)
     runs = Results.open(committed / "results").runs
     assert {"01_train-resnet18-tuned-s0", "01_train-resnet18-tuned-s7"} <= runs.keys()
     assert "old" not in readme.read_text() and readme.read_text().endswith("rest\n")

@@ -29,7 +29,7 @@ from helpers.train.training import RECIPES, fit
 
 torch.set_num_threads(1)
 model = build_model("resnet18")
-history = fit(model, load_data("digits", limit=128), RECIPES["tuned"]["first"], 4, 0, Path(sys.argv[1]), precision="fp32")
+history = fit(model, load_data("digits", limit=64), RECIPES["tuned"]["first"], 4, 0, Path(sys.argv[1]), precision="fp32")
 torch.save(model.state_dict(), sys.argv[2])
 """
 

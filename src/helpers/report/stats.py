@@ -78,7 +78,7 @@ def paired_bootstrap(
         raise ValueError(f"shapes {first_correct.shape} and {second_correct.shape}: both must be [seeds, n]")
     seeds, n = first_correct.shape
     # Images on which every seed differs alike are interchangeable: it is enough to draw how many there are of each kind.
-    kinds, images = np.unique(first_correct.astype(float) - second_correct, axis=1, return_counts=True)
+    kinds, images = _kinds(first_correct, second_correct)
     generator = np.random.default_rng(seed)
     of_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
     of_kind = generator.multinomial(n, images / n, draws) / n
@@ -86,6 +86,15 @@ def paired_bootstrap(
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _kinds(first_correct: np.ndarray, second_correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different columns of first minus second, float [seeds, kinds], in order, and how many images have each."""
+    if first_correct.dtype != bool or second_correct.dtype != bool:
+        return np.unique(first_correct.astype(float) - second_correct, axis=1, return_counts=True)
+    digits = 3 ** np.arange(len(first_correct))[::-1, None]  # a column as one number, which is quicker to sort
+    numbers, images = np.unique(((first_correct.astype(int) - second_correct + 1) * digits).sum(0), return_counts=True)
+    return (numbers // digits % 3 - 1).astype(float), images
 
 
 def difference_interval(

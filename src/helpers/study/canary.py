@@ -21,7 +21,7 @@ from helpers.report.schema import COLUMNS, RANDOM, arm_facts
 from helpers.report.tables import as_text, model_label, path_label
 from helpers.study.console import cell_that_failed
 
-PROFILE = "smoke"
+PROFILE = "smoke_full"
 FOLDER = Path("runs/canary")
 PAGE = Path(".github/canary.md")  # its sentences; {versions}, {counts} and {rows} become tables
 FILE = ("arch", "recipe", "arm", "runtime")  # what names a row where kernels do not matter
