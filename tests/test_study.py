@@ -21,7 +21,7 @@ from helpers.report import claims
 from helpers.report.results import Results
 from helpers.serve.runtimes import RUNTIMES
 from helpers.study import canary
-from helpers.study.book import EARLIER, README, is_of_today, mark_if_earlier, publish, published_book
+from helpers.study.book import EARLIER, README, copy_chapter, is_of_today, mark_if_earlier, publish, published_book
 from helpers.study.pipeline import NOTEBOOKS, collect, ensure, load_profile
 from helpers.study.repository import repository_url, rewrite
 from helpers.train import published
@@ -405,6 +405,20 @@ def test_the_published_book_builds_and_the_readme_has_its_table(tmp_path):
 def test_the_readme_is_short():
     text = README.read_text()
     assert len(text.split()) <= 800
+
+
+def test_a_chapter_shows_results_and_no_progress_bars(tmp_path):
+    new = nbformat.v4
+    bars = [
+        new.new_output("stream", name="stderr", text="\rresnet18:  50%|#####     | 1/2 [00:01<00:01,  1.00it/s]"),
+        new.new_output("display_data", {"text/html": "<pre style='white-space:pre'></pre>\n", "text/plain": ""}),
+        new.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"}),
+    ]
+    result = new.new_output("stream", name="stdout", text="100 images")
+    cell = new.new_code_cell("run()", outputs=[*bars, result])
+    nbformat.write(new.new_notebook(cells=[cell]), tmp_path / "executed.ipynb")
+    copy_chapter(tmp_path / "executed.ipynb", tmp_path / "chapter.ipynb")
+    assert nbformat.read(tmp_path / "chapter.ipynb", as_version=4).cells[0].outputs == [result]
 
 
 def test_a_chapter_of_other_code_says_so(tmp_path):

@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 CONSOLE = "STUDY_CONSOLE"  # environment variable: the file from which `helpers.study` takes lines that it shows
 
-# A notebook that another one runs (`pipeline.ensure`) is a child of that one's kernel.
-BATCH_RUNNERS = ("papermill", "nbconvert", "nbclient", "jupyter-execute", "snakemake", "ipykernel")
+# A notebook that another one runs (`pipeline.ensure`) is a child of that one's kernel; `make machine` runs papermill in its own process.
+BATCH_RUNNERS = ("papermill", "nbconvert", "nbclient", "jupyter-execute", "snakemake", "ipykernel", "helpers.study")
 
 
 def person_watches() -> bool:

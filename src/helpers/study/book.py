@@ -27,6 +27,7 @@ from helpers.study.pipeline import NOTEBOOKS, READERS, collect, load_profile
 PAGES = Path("book")
 README = Path("README.md")
 WIDGET = "application/vnd.jupyter.widget-view+json"
+BLANK = re.compile(r"\s*<pre[^>]*>\s*</pre>\s*")  # what a bar of the rich library leaves
 TABLE = re.compile(r"(<!-- table -->\n).*(<!-- end of table -->)", re.DOTALL)
 BADGE = re.compile(r"\[!\[(?P<text>[^]]*)\]\([^)]*\)\]\((?P<link>[^)]*)\)")
 PLACEHOLDER = "/github/example/"  # until `make repository` has given the study its address
@@ -75,11 +76,11 @@ def _text_link(badge: re.Match[str]) -> str:
 
 
 def _shows_nothing(output: nbformat.NotebookNode) -> bool:
-    """Whether an output is a progress bar that needs a widget library, a complaint that there is none, or the blank that it leaves."""
-    text = output.get("text")
-    return WIDGET in output.get("data", {}) or (
-        text is not None and (not text.strip() or "IProgress not found" in text)
-    )
+    """Whether an output is a progress bar, a complaint that a widget library for it is missing, or the blank that it leaves."""
+    text, data = output.get("text"), output.get("data", {})
+    if WIDGET in data or BLANK.fullmatch(data.get("text/html", "")):
+        return True
+    return text is not None and (not text.strip() or "IProgress not found" in text or text.startswith("\r"))
 
 
 def is_of_today(chapter: Path, source: Path) -> bool:
