@@ -315,10 +315,10 @@ def test_sqnr_is_what_it_is_on_paper():
 
 
 def test_threads_beyond_the_quota_of_a_container_are_refused(monkeypatch):
-    monkeypatch.setattr("helpers.machine.cpu_quota", lambda: 1.5)
+    monkeypatch.setattr("helpers.machine.cpu_quota", lambda: 2.5)
     check_threads([1, 2])
-    with pytest.raises(StudyError, match=r"threads is \[1, 4\], but this process may use 1.5 CPUs; give at most 2"):
-        check_threads([1, 4])
+    with pytest.raises(StudyError, match=r"threads is \[1, 3\], but this process may use 2.5 CPUs; give at most 2"):
+        check_threads([1, 3])
 
 
 def test_a_full_disk_ends_the_work_and_is_no_reason_of_a_row(tmp_path, monkeypatch):

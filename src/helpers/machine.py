@@ -1,7 +1,6 @@
 """What a number was made on: the facts of this machine that every record carries."""
 
 import importlib.metadata
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -119,7 +118,7 @@ def usable_cores(asked: int = 0) -> int:
     asked: fewer than that, or 0 for all. Raises StudyError for more than there are.
     """
     runs_on, quota = len(os.sched_getaffinity(0)), cpu_quota()
-    there = runs_on if quota is None else max(1, min(runs_on, int(quota)))
+    there = runs_on if quota is None else min(runs_on, _whole_cores(quota))
     if asked > there:
         limit = "no CPU quota" if quota is None else f"a CPU quota of {quota:g}"
         raise StudyError(
@@ -131,10 +130,13 @@ def usable_cores(asked: int = 0) -> int:
 def check_threads(threads: Sequence[int]) -> None:
     """Raise StudyError for a count of threads that the CPU quota of this process cannot keep busy: they would wait for each other."""
     quota = cpu_quota()
-    if quota is not None and max(threads) > math.ceil(quota):
-        raise StudyError(
-            f"threads is {list(threads)}, but this process may use {quota:g} CPUs; give at most {math.ceil(quota)}."
-        )
+    if quota is not None and max(threads) > (most := _whole_cores(quota)):
+        raise StudyError(f"threads is {list(threads)}, but this process may use {quota:g} CPUs; give at most {most}.")
+
+
+def _whole_cores(quota: float) -> int:
+    """Threads that a CPU quota keeps busy all the time: one more would be stopped for part of it."""
+    return max(1, int(quota))
 
 
 def instructions(isa: Sequence[str]) -> str:
