@@ -45,7 +45,7 @@ def prepare(file):
     return ((np.asarray(picture, np.float32) / 255 - MEAN) / STD).transpose(2, 0, 1)[None].copy()
 
 
-files = sorted(file for file in Path($images).rglob("*.*") if file.is_file())
+files = sorted(file for file in Path($images).rglob("*.*") if file.is_file())  # a folder with your images
 images = [prepare(file) for file in files[:: max(1, len(files) // $calibration_images)][:$calibration_images]]
 """
 _TO_ONNX = """\
