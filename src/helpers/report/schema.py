@@ -90,7 +90,7 @@ ARMS: dict[str, Arm] = {
     "ptq_nncf_control": _int8("INT8 (NNCF, accuracy control)"),
     "ptq_longer_nncf": _int8("INT8 (NNCF), trained longer", retrained=True),
     "trimmed_ptq_nncf": _int8("INT8 (NNCF), trimmed", trimmed=True, untrimmed="ptq_nncf"),
-    "ptq_ort": _int8("INT8 (its default)"),
+    "ptq_ort": _int8("INT8 (S8 activations)"),
     "ptq_ort_u8": _int8("INT8 (U8 activations)"),
     "ptq_pt2e": _int8("INT8 (PT2E)"),
     "qat": _eager("QAT (PyTorch eager)", retrained=True),
