@@ -78,6 +78,12 @@ def test_the_whole_study_runs_and_its_tables_are_complete(smoke):
     assert (latency[(latency.arm == "fp32") & (latency.runtime == "eager")].speedup == 1).all()
     assert set(latency.pace) >= {"hot", "idle_10"}
     assert set(tables["load"].pace) == {"hot", "idle_10", "load_50"}
+    assert {*tables["diagnosis"].check} >= {
+        "pilot",
+        "pilot, epoch 1",
+        "pilot test, trains, low",
+        "pilot test, keeps, low",
+    }
     assert accuracy.ci_low.le(accuracy.accuracy).all() and accuracy.ci_high.ge(accuracy.accuracy).all()
     assert (accuracy.correct / accuracy.n == accuracy.accuracy).all()
 
