@@ -35,7 +35,7 @@ ONCE = {
     if facts.models == "none"
 }
 ONCE["07_analysis"] = f"{RUN}/book/results/runs.json"
-OWN_RESNET50 = {"arch": "resnet50", "recipe": "tuned", "seed": FIRST["seed"]}
+OWN_RESNET50S = [of for of in PROFILE.trained() if (of["arch"], of["seed"]) == ("resnet50", FIRST["seed"])]
 
 
 def records(notebook, models):
@@ -118,7 +118,7 @@ for notebook in [notebook for notebook in PLANNED if notebook in ONCE]:
         name:
             notebook
         input:
-            records("01_train", [OWN_RESNET50] if OWN_RESNET50 in PROFILE.trained() else [])
+            [records("01_train", OWN_RESNET50S), *(outputs(other) for other in NOTEBOOKS[notebook].needs)]
             if NOTEBOOKS[notebook].trains
             else [outputs(other) for other in (MAKE_RECORDS if NOTEBOOKS[notebook].reads else BEFORE_TIMING)],
             "book/reference_study.csv" if NOTEBOOKS[notebook].reads else [],

@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 
 from helpers.report import claims
+from helpers.report import rows as rows_of
+from helpers.report.records import gather, save_record
 from helpers.report.results import Results
+from helpers.report.schema import prediction_key, run_name
 
 PUBLISHED = Path("book/results")
 PAGES = [Path("README.md"), *sorted(Path("book").glob("*.md"))]
@@ -101,6 +104,44 @@ def test_a_claim_without_its_records_is_not_measured(copy):
     statuses = claims.check(Results.open(copy)).set_index("id").status
     assert {*statuses[["int8-total", "flips", "x86-engine", "more-images", "trimming-bytes"]]} == {"not measured"}
     assert statuses["collapse"] == "holds"
+
+
+def ladder(folder, gains):
+    """Results of ResNet18 on 2,000 images, of which FP32 gets 1,400 right: recipe -> how many more FP32, longer, and QAT do."""
+    truth = np.zeros(2000, np.uint8)
+    for recipe, more in gains.items():
+        of = {"arch": "resnet18", "recipe": recipe, "seed": 0}
+        right = {arm: 1400 + extra for arm, extra in zip(("fp32", "fp32_longer", "qat"), (0, *more), strict=True)}
+        for notebook, arms in (("01_train", ["fp32"]), ("03_qat", ["fp32_longer", "qat"])):
+            rows = [
+                rows_of.accuracy_row(of, arm, "eager", "d", right[arm], 2000, (0, 1), "x86" * (arm == "qat"))
+                for arm in arms
+            ]
+            predictions = {
+                prediction_key(arm, "eager", "x86" * (arm == "qat")): np.uint8(np.arange(2000) >= right[arm])
+                for arm in arms
+            }
+            run_id = run_name(notebook, **of)
+            save_record(str(folder), run_id, of, ("d", ""), {"accuracy": rows}, predictions | {"truth": truth})
+    gather(str(folder), folder / "results")
+    return claims.RECIPE_LADDER.check(Results.open(folder / "results")).status
+
+
+@pytest.mark.parametrize(
+    ("gains", "status"),
+    [
+        ({"as_run": (90, 90), "as_run_all": (4, 4)}, "holds"),
+        ({"as_run": (90, 90), "as_run_all": (60, 60)}, "fails"),  # the better recipe gains as much
+        ({"as_run": (4, 4), "as_run_all": (4, 4)}, "fails"),  # there was no gain that could vanish
+        ({"as_run": (40, 90), "as_run_all": (4, 4)}, "fails"),  # the gain was QAT's own
+        ({"as_run": (90, 90), "as_run_all": (18, 18)}, "undecided"),
+        ({"as_run": (90, 90)}, "not measured"),
+    ],
+)
+def test_whether_qat_s_gain_vanishes_is_decided_by_what_qat_gains_over_its_start_and_its_control(
+    tmp_path, gains, status
+):
+    assert ladder(tmp_path, gains) == status
 
 
 def test_a_sentence_and_its_numbers_are_found_beside_the_mark():

@@ -141,3 +141,14 @@ def test_trimming_commutes_with_fusing_and_a_trimmed_model_goes_through_qat(arch
     optimizer.step()
     after = dict(qat.named_parameters())
     assert all(weights.isfinite().all() and not torch.equal(before[name], weights) for name, weights in after.items())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_with_the_last_batch_norm_at_zero_every_block_starts_as_its_shortcut(arch):
+    plain, zeroed = (build_model(arch, zero_init_residual=zero).eval() for zero in (False, True))
+    changed = {name for name, value in zeroed.state_dict().items() if not torch.equal(value, plain.state_dict()[name])}
+    last = "bn3" if arch == "resnet50" else "bn2"
+    assert changed == {f"{name}.{last}.weight" for name, module in plain.named_modules() if hasattr(module, last)}
+    maps = torch.rand(2, zeroed.layer2[1].conv1.in_channels, 8, 8)
+    with torch.inference_mode():
+        assert torch.equal(zeroed.layer2[1](maps), maps) and not torch.equal(plain.layer2[1](maps), maps)

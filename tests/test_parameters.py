@@ -108,11 +108,15 @@ def test_a_profile_trains_each_model_once_and_exports_those_of_its_first_recipe(
 
 def test_a_record_of_other_images_or_another_quantization_is_not_reused(tmp_path):
     made = {"data": "digits", "limit": 256, "qconfig": "histogram", "calibration_images": 256, "engine": "fbgemm"}
-    made |= {"precision": "bf16"}
+    made |= {"precision": "bf16", "as_reference": True}
     save_record(str(tmp_path), "02_ptq-resnet18-tuned-s0", made, None, {})
     record = tmp_path / "records" / "02_ptq-resnet18-tuned-s0.json"
     # Other kernels are no other model, `auto` takes what there is, and of 256 images no more than these can calibrate.
-    ensure(record, "02_ptq", made | {"calibration_images": 512, "engine": "x86", "epochs": 3, "precision": "auto"})
+    ensure(
+        record,
+        "02_ptq",
+        made | {"calibration_images": 512, "engine": "x86", "epochs": 3, "precision": "auto", "as_reference": False},
+    )
     whole = made | {"limit": 0, "calibration_images": 1257}  # of the 1,257 digits
     save_record(str(tmp_path), "02_ptq-resnet34-tuned-s0", whole, None, {})
     ensure(record.with_name("02_ptq-resnet34-tuned-s0.json"), "02_ptq", whole | {"calibration_images": 2000})

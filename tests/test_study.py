@@ -84,6 +84,8 @@ def test_the_experiments_run_and_their_tables_are_complete(smoke_full):
     assert {row for row in refused if not _may_be_refused(*row)} == set()
     assert set(tables["latency"].pace) >= {"hot", "idle_10"}
     assert set(tables["load"].pace) == {"hot", "idle_10", "load_50"}
+    pilots = {"pilot", "pilot, epoch 1", "pilot test, trains, low", "pilot test, keeps, low"}
+    assert {*tables["diagnosis"].check} >= pilots
 
 
 WALKED = ("eager", "torchscript", "onnxruntime", "openvino")

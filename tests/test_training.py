@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from helpers.quantize.arms import QCONFIG_NAMES, freeze_near_the_end, fuse, fuse
 from helpers.report.records import save_record
 from helpers.train.data import Split, load_data
 from helpers.train.models import build_model
-from helpers.train.training import Recipe, evaluate, fit, resolve_precision, trained_on
+from helpers.train.training import RECIPES, Recipe, _fit_key, evaluate, fit, resolve_precision, sgd_for, trained_on
 
 SCRIPT = """
 import sys
@@ -75,6 +76,75 @@ def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path, capsys):
     (tmp_path / "c.pt").write_bytes(b"damaged")
     with pytest.raises(StudyError, match="damaged"):
         fit(build_model("resnet18"), dataset, recipe, 1, 1, tmp_path / "c.pt")
+
+
+# What `fit` wrote into checkpoints before recipes had an optimizer, a warm-up and more.
+KEYS_OF_BEFORE = {
+    ("as_run", "further", "cifar10"): "149e4828b0e7217a295a7a9b6ccaeee30e69ac41c97e2965809d161753364c90",
+    ("tuned", "first", "cifar10"): "d56c0107240a6f996ff9c581cc5b272e70dba0bffe35ff7fed11a9158a976650",
+    ("tuned", "first", "digits"): "8a80ffbf6a164b76ec9b78e6e3a3d0f288b1ad39ba2d449555a712ad127716ac",
+}
+
+
+def test_checkpoints_from_before_a_recipe_had_more_fields_are_taken_up():
+    model = torch.nn.Linear(2, 1)
+    torch.nn.init.constant_(model.weight, 0.5)
+    torch.nn.init.zeros_(model.bias)
+    dataset = SimpleNamespace(name="digits", sha256="0" * 64, train=range(128))
+
+    def key(recipe):
+        return _fit_key(model, dataset, recipe, 4, 0, "fp32")
+
+    assert {asked: key(sgd_for(*asked)) for asked in KEYS_OF_BEFORE} == KEYS_OF_BEFORE
+    tuned = RECIPES["tuned"]["first"]
+    assert key(replace(tuned, label_smoothing=0.1)) != key(tuned) == key(replace(tuned, label_smoothing=0.0))
+
+
+TINY = {
+    "optimizer": "adamw",
+    "warm_up": 0.6,
+    "augmentation": False,
+    "label_smoothing": 0.1,
+    "clip_norm": 1e-3,
+}
+
+
+def tiny_model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=4), torch.nn.Flatten(), torch.nn.Linear(256, 10))
+
+
+def test_every_part_of_a_recipe_changes_what_is_trained(tmp_path):
+    dataset, plain, found = load_data("digits", limit=64), Recipe(0.01, one_cycle=True, momentum=0.9, batch_size=16), []
+    for number, recipe in enumerate([plain, *(replace(plain, **{name: value}) for name, value in TINY.items())]):
+        model = tiny_model()
+        fit(model, dataset, recipe, 1, 0, tmp_path / f"{number}.pt", precision="fp32")
+        found.append(model[2].weight.detach())
+    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+def test_a_schedule_brings_no_momentum_where_the_recipe_has_none(tmp_path):
+    """`as_run_schedule` is one change; PyTorch's schedule would make two of it."""
+
+    def in_the_second_epoch(_model, done):
+        if done >= 0.5:
+            raise KeyboardInterrupt
+
+    for name, key in (("as_run_schedule", "momentum"), ("as_run_all", "betas")):
+        recipe = replace(RECIPES[name]["first"], batch_size=32)
+        with pytest.raises(KeyboardInterrupt):
+            fit(
+                tiny_model(),
+                load_data("digits", limit=64),
+                recipe,
+                2,
+                0,
+                tmp_path / f"{name}.pt",
+                before_step=in_the_second_epoch,
+            )
+        group = torch.load(tmp_path / f"{name}.pt", weights_only=True)["optimizer"]["param_groups"][0]
+        assert group[key] == {"momentum": 0, "betas": (0.9, 0.999)}[key]
 
 
 def test_every_step_is_announced_with_the_part_that_is_done(tmp_path):

@@ -20,7 +20,7 @@ from helpers.report.schema import ARMS
 from helpers.serve.load import SERVED
 from helpers.train.data import DATA_NAMES
 from helpers.train.models import ARCHS
-from helpers.train.training import PRECISIONS, RECIPES
+from helpers.train.training import CHANGES, PRECISIONS, RECIPES
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -49,7 +49,10 @@ RecipeName = Literal[*RECIPES]
 PARAMETERS: dict[str, Any] = {
     "arch": Arch,
     "recipe": RecipeName,
+    "recipes": Annotated[list[RecipeName], Field(min_length=1)],
+    "changes": list[Literal[*CHANGES]],
     "seed": Count,
+    "seeds": Annotated[list[Count], Field(min_length=1)],
     "data": Literal[*DATA_NAMES],
     "data_dir": str,
     "limit": Annotated[int, Field(ge=0), AfterValidator(_all_or_several)],

@@ -5,6 +5,7 @@ Snakefile, book, README's list and every notebook that needs another one read NO
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -75,6 +76,8 @@ NOTEBOOKS: dict[str, Notebook] = {
     "16_what_accuracy_hides": Notebook("first", 1, ("04_jit", "05_onnx_openvino"), experiment=True, eager_int8=True),
     "17_load": Notebook("none", 5, alone=True, experiment=True),
     "18_this_machine": Notebook("none", 3, alone=True, experiment=True),
+    "20_recipes": Notebook("none", 8, ("03_qat",), trains=True, experiment=True, eager_int8=True),
+    "21_healthy_resnet50": Notebook("none", 10, trains=True, experiment=True, eager_int8=True),
 }
 LEFT_OUT = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.eager_int8 and not LEGACY)
 READERS = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.reads)
@@ -149,13 +152,13 @@ class Profile(BaseModel):
     def run_id(self, notebook: str) -> str:
         """The run of a notebook that the book shows: of those that handle one model, its first model's.
 
-        Of the others 9 names the seed of its trainings, and 10 the study's ResNet18, where nobody brings another model.
+        Of the others 9 names the seed of its trainings, and 10 and 20 the study's ResNet18, where nobody asks for another model.
         """
         first, declared = self.trained()[0], declared_parameters(notebook)
         chosen = {key: first[key] for key in first if key in declared} if "arch" in declared else {}
         if notebook == "09_ptq_collapse":
             chosen = {"seed": first["seed"]}
-        if notebook == "10_your_model":
+        if notebook in ("10_your_model", "20_recipes"):
             chosen = {"arch": "resnet18"}
         return run_name(notebook, **chosen)
 
@@ -235,7 +238,7 @@ def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **c
     executed = record.parent.parent / "notebooks" / f"{record.stem}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     source = Path("notebooks") / f"{notebook}.ipynb"
-    papermill.execute_notebook(source, executed, values, progress_bar=False, log_output=False, cwd=os.getcwd())
+    papermill.execute_notebook(source, executed, values, progress_bar=False, stdout_file=sys.stdout, cwd=os.getcwd())
 
 
 def made_from(run_id: str, notebook: str) -> Iterator[str]:
@@ -270,7 +273,9 @@ def _no_other_values(record: Path, made: Mapping[str, Any], asked: Mapping[str, 
     if "calibration_images" in asked and "data" in made:
         there = TRAINING_IMAGES[made["data"]]
         asked["calibration_images"] = min(asked["calibration_images"], asked.get("limit") or there, there)
-    for name in sorted((made.keys() & asked.keys()) - {"run_dir", "data_dir", "engine", "arms", "first_calls"}):
+    for name in sorted(
+        (made.keys() & asked.keys()) - {"run_dir", "data_dir", "engine", "arms", "as_reference", "first_calls"}
+    ):
         if made[name] != asked[name]:
             raise StudyError(
                 f"{name} is {asked[name]!r}, but {record} was made with {made[name]!r}; give that value or another run_dir, "

@@ -77,13 +77,16 @@ class ResNet(resnet.ResNet):
         return self.dequant(self._forward_impl(self.quant(x)))
 
 
-def build_model(arch: str, seed: int = 0, num_classes: int = 10, second_relu: bool = True) -> ResNet:
+def build_model(
+    arch: str, seed: int = 0, num_classes: int = 10, second_relu: bool = True, zero_init_residual: bool = False
+) -> ResNet:
     """Build a ResNet (He et al., arXiv:1512.03385) with random float weights drawn from `seed`.
 
     `_cifar` is the stem of that paper's own CIFAR models: a 3x3 convolution that keeps the size, and no pooling, so that
     32x32 images are 4x4 in the last stage. Input float32 [N, 3, H, W], output logits [N, num_classes]. second_relu: False
     leaves out the ReLU after the second batch norm of each bottleneck, as the reference study did; the same seed gives the
-    same weights. Raises StudyError for an arch that is not in ARCHS, and when it has no bottlenecks to leave a ReLU out of.
+    same weights. zero_init_residual: the last batch norm of each block starts with factors of zero, so that every block
+    starts as its shortcut (Goyal et al., arXiv:1706.02677); all other weights are the same. Raises StudyError for an arch that is not in ARCHS, and when it has no bottlenecks to leave a ReLU out of.
     """
     layers = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
     if arch not in ARCHS:
@@ -93,7 +96,7 @@ def build_model(arch: str, seed: int = 0, num_classes: int = 10, second_relu: bo
     block = Bottleneck if arch == "resnet50" else BasicBlock
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = ResNet(block, layers[arch.removesuffix("_cifar")], num_classes=num_classes)
+        model = ResNet(block, layers[arch.removesuffix("_cifar")], num_classes, zero_init_residual)
         if arch.endswith("_cifar"):
             model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -9,9 +9,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,10 +29,14 @@ from helpers.train.taps import restore_dead_taps, trim_dead_taps
 
 @dataclass(frozen=True)
 class Recipe:
-    """How SGD runs. learning_rate: constant, or the peak of a one-cycle schedule (Smith and Topin, arXiv:1708.07120).
+    """How a training runs. learning_rate: constant, or the peak of a one-cycle schedule (Smith and Topin, arXiv:1708.07120).
 
-    momentum: constant; under a one-cycle schedule only that there is one, because the schedule moves it against the learning
-    rate, from 0.95 to 0.85 at the peak and back (the defaults of `torch.optim.lr_scheduler.OneCycleLR`).
+    momentum: of SGD; under a one-cycle schedule only that there is one, because the schedule moves it against the learning
+    rate, from 0.95 to 0.85 at the peak and back (the defaults of `torch.optim.lr_scheduler.OneCycleLR`). optimizer: sgd,
+    or adamw (Loshchilov and Hutter, arXiv:1711.05101) with PyTorch's betas. warm_up: the share of the steps before
+    the peak of the schedule, in (0, 1). augmentation: whether images are shifted and mirrored, see `data.augment`.
+    label_smoothing: the share of a label that goes to all classes, in [0, 1) (Szegedy et al., arXiv:1512.00567). clip_norm:
+    the largest norm of a gradient; 0 for any. zero_init_residual: of the model that it starts from, see `models.build_model`.
     """
 
     learning_rate: float
@@ -41,33 +45,77 @@ class Recipe:
     nesterov: bool = False
     weight_decay: float = 0.0
     batch_size: int = 64
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    warm_up: float = 0.3
+    augmentation: bool = True
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0
+    zero_init_residual: bool = False
 
 
-# `first` trains the fp32 arm, `further` every arm that goes on from it. `documented` is what the reference study says,
-# `as_run` what its code does, `tuned` ours.
-RECIPES: dict[str, dict[str, Recipe]] = {
-    "documented": {"first": Recipe(learning_rate=1e-3), "further": Recipe(learning_rate=1e-3)},
-    "as_run": {"first": Recipe(learning_rate=0.1), "further": Recipe(learning_rate=1e-3)},
-    "tuned": {
-        "first": Recipe(0.1, one_cycle=True, momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128),
-        # The same peak again, chosen on validation images of ResNet18 over 0.02.
-        "further": Recipe(0.1, one_cycle=True, momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128),
-    },
-}
+# Recipes once had no such fields. At their default they are left out of the key of a checkpoint, so that it stays valid.
+ADDED_FIELDS = fields(Recipe)[6:]
+
+
+def _phases(first: Recipe, then: float = 1) -> dict[str, Recipe]:
+    """`first` trains the fp32 arm, `further` every arm that goes on from it: alike, at `then` times the rate."""
+    return {"first": first, "further": replace(first, learning_rate=then * first.learning_rate)}
+
+
+_AS_RUN = Recipe(learning_rate=0.1)
+_ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01}  # PyTorch's defaults
+# The same peak for further training, chosen on validation images of ResNet18 over 0.02.
+_TUNED = Recipe(0.1, one_cycle=True, momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128)
 # `tuned` for a thousand images: more steps at a tenth of the rate, chosen on validation images so that ResNet50's loss falls
 # in every epoch; at the rate for CIFAR-10 it diverges there. Further training takes fewer, larger steps: the cost of a step
 # of QAT is that of its weights, whatever the batch.
-TUNED_FOR_DIGITS: dict[str, Recipe] = {
-    "first": Recipe(0.01, one_cycle=True, momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=64),
-    "further": Recipe(0.01, one_cycle=True, momentum=0.9, nesterov=True, weight_decay=5e-4, batch_size=128),
+_TUNED_FOR_DIGITS = replace(_TUNED, learning_rate=0.01)
+
+# Single changes to a recipe that may help a model which trains badly.
+CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
+    "zero_init": lambda recipe: replace(recipe, zero_init_residual=True),
+    "lower_rate": lambda recipe: replace(recipe, learning_rate=recipe.learning_rate / 4),
+    "longer_warm_up": lambda recipe: replace(recipe, warm_up=0.5),
+    "label_smoothing": lambda recipe: replace(recipe, label_smoothing=0.1),
+    "no_nesterov": lambda recipe: replace(recipe, nesterov=False),
+    "clipping": lambda recipe: replace(recipe, clip_norm=1.0),
+}
+HEALTHY = ("zero_init", "lower_rate")  # the changes to `tuned` that ResNet50 needs, chosen on validation images
+
+
+def changed(recipe: Recipe, changes: Iterable[str]) -> Recipe:
+    """`recipe` with some of CHANGES."""
+    for change in changes:
+        recipe = CHANGES[change](recipe)
+    return recipe
+
+
+# `documented` is what the reference study says, `as_run` what its code does, `as_run_*` that with one change or with all,
+# `tuned` ours, `healthy` ours for ResNet50.
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "documented": _phases(Recipe(learning_rate=1e-3)),
+    "as_run": _phases(_AS_RUN, 1 / 100),
+    "as_run_unaugmented": _phases(replace(_AS_RUN, augmentation=False), 1 / 100),
+    "as_run_schedule": _phases(replace(_AS_RUN, one_cycle=True), 1 / 100),
+    "as_run_adamw": _phases(replace(_AS_RUN, **_ADAMW), 1 / 100),
+    "as_run_all": _phases(replace(_AS_RUN, one_cycle=True, **_ADAMW), 1 / 100),
+    "tuned": _phases(_TUNED),
+    "healthy": _phases(changed(_TUNED, HEALTHY)),
+}
+FOR_DIGITS: dict[str, dict[str, Recipe]] = {
+    name: {
+        "first": changed(replace(_TUNED_FOR_DIGITS, batch_size=64), changes),
+        "further": changed(_TUNED_FOR_DIGITS, changes),
+    }
+    for name, changes in {"tuned": (), "healthy": HEALTHY}.items()
 }
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def sgd_for(recipe: str, phase: str, data: str) -> Recipe:
-    """How SGD runs under a recipe, in its `first` or its `further` phase, on a data set (data.DATA_NAMES)."""
-    return (TUNED_FOR_DIGITS if (recipe, data) == ("tuned", "digits") else RECIPES[recipe])[phase]
+    """How a recipe trains in its `first` or its `further` phase, on a data set (data.DATA_NAMES)."""
+    return (RECIPES | FOR_DIGITS if data == "digits" else RECIPES)[recipe][phase]
 
 
 @dataclass(frozen=True)
@@ -147,16 +195,16 @@ def fit(
     model.to(device, memory_format=torch.channels_last)
     split = Split(dataset.train.images.to(device), dataset.train.labels.to(device))
     steps = max(1, len(split) // recipe.batch_size)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        recipe.learning_rate,
-        recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-    )
+    optimizer = _optimizer(model, recipe)
     scheduler = None
     if recipe.one_cycle and epochs:
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps * epochs)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            recipe.learning_rate,
+            total_steps=steps * epochs,
+            pct_start=recipe.warm_up,
+            cycle_momentum=recipe.momentum > 0,
+        )
     parts = {"model": model, "optimizer": optimizer, **({"scheduler": scheduler} if scheduler else {})}
     history, machines = _resume(checkpoint, key, parts, epochs)
     if len(history) < epochs:
@@ -166,14 +214,14 @@ def fit(
 
     for epoch in range(len(history), epochs):
         started = time.perf_counter()
-        batches = _batches(dataset, split, recipe.batch_size, steps, seed, epoch)
+        batches = _batches(dataset, split, recipe, steps, seed, epoch)
         batches = progress(batches, f"{label} epoch {epoch + 1}", steps)
 
         def before(step: int, epoch: int = epoch) -> None:
             if before_step is not None:
                 before_step(model, (epoch + step / steps) / epochs)
 
-        loss = _train_epoch(model, batches, optimizer, scheduler, precision, before)
+        loss = _train_epoch(model, batches, recipe, optimizer, scheduler, precision, before)
         _check_finite(model, loss, f"{label}: the training diverged in epoch {epoch + 1}")
         seconds = time.perf_counter() - started
         with _buffers_kept(model):  # observers record in evaluation, too, but ranges come from training images only
@@ -215,20 +263,30 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         setattr(owner, name, value)
 
 
+def _optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
+    return torch.optim.SGD(model.parameters(), rate, recipe.momentum, weight_decay=decay, nesterov=recipe.nesterov)
+
+
 def _batches(
-    dataset: Dataset, split: Split, batch_size: int, steps: int, seed: int, epoch: int
+    dataset: Dataset, split: Split, recipe: Recipe, steps: int, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images, augmented and normalised, and labels of one pass over `split`; the last incomplete batch is left out."""
+    """Images, normalised, and augmented if the recipe says so, and labels of one pass over `split`; the last incomplete batch is left out."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(len(split), generator=generator).to(split.images.device)
-    for chosen in order.split(batch_size)[:steps]:
-        images = dataset.normalise(augment(split.images[chosen], generator, dataset.flip))
-        yield images.contiguous(memory_format=torch.channels_last), split.labels[chosen]
+    for chosen in order.split(recipe.batch_size)[:steps]:
+        images = split.images[chosen]
+        if recipe.augmentation:
+            images = augment(images, generator, dataset.flip)
+        yield dataset.normalise(images).contiguous(memory_format=torch.channels_last), split.labels[chosen]
 
 
 def _train_epoch(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
+    recipe: Recipe,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
     precision: str,
@@ -236,7 +294,7 @@ def _train_epoch(
 ) -> float:
     """One pass over `batches`; before_step is told the number of each, from 0. Returns the mean loss."""
     model.train()
-    criterion = nn.CrossEntropyLoss()
+    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     total, steps = 0.0, 0
     for images, labels in batches:
         before_step(steps)
@@ -244,6 +302,8 @@ def _train_epoch(
             loss = criterion(model(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if recipe.clip_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -270,8 +330,9 @@ _LEARNED = ("weight", "bias", "running_mean", "running_var")
 
 def _fit_key(model: nn.Module, dataset: Dataset, recipe: Recipe, epochs: int, seed: int, precision: str) -> str:
     """A digest of all that decides the outcome of `fit`."""
+    defaults = {field.name: field.default for field in ADDED_FIELDS}
     facts = [
-        asdict(recipe),
+        {name: value for name, value in asdict(recipe).items() if name not in defaults or value != defaults[name]},
         epochs,
         seed,
         precision,
