@@ -78,7 +78,8 @@ def machine_facts() -> dict[str, Any]:
 
 def machine_name(facts: Mapping[str, Any]) -> str:
     """One line that tells machines apart: CPU, cores and the instruction sets that decide INT8 speed."""
-    isa = "+".join(flag for flag in facts["isa"] if flag != "avx512f") or "no special instructions"
+    implied = {"avx512f"} if any(flag.startswith("avx512_") for flag in facts["isa"]) else set()
+    isa = "+".join(flag for flag in facts["isa"] if flag not in implied) or "no special instructions"
     return f"{facts['cpu']}, {facts['cores']} cores, {isa}"
 
 
