@@ -403,6 +403,25 @@ def _cause(results: Results) -> list[Evidence]:
     return found
 
 
+def _floor(results: Results) -> list[Evidence]:
+    """How many times the floor of its arithmetic and bytes a call in OpenVINO's INT8 takes, at its least, by batch."""
+
+    def one(arch: str) -> list[Evidence]:
+        of = results.tables["profile"].query("check == 'ms / floor' and arm == 'ptq_nncf' and runtime == 'openvino'")
+        of = of[(of.arch == arch) & (of.recipe == results.recipe) & (of.threads == results.threads)].set_index("batch")
+        if not {1, 64} <= {*of.index}:
+            raise NotMeasured("the floor was not measured for both batches")
+        found = []
+        for batch, bounds in ((1, {"most": 2}), (64, {"least": 2})):
+            times, run_id = of.value[batch], of.run_id[batch]
+            what = f"{_label(arch)}: ms over the floor, batch {batch}"
+            rest = _within(times, times, **bounds), 0, 1, results.runs[run_id]["cpu"], (run_id,)
+            found.append(Evidence(what, times, np.nan, np.nan, "times", *rest))
+        return found
+
+    return _archs(results, one)
+
+
 def _ort_resnet50(results: Results) -> list[Evidence]:
     row = results.row("resnet50", "ptq_ort", "onnxruntime")
     lost = _change(
@@ -952,6 +971,12 @@ CLAIMS: tuple[Claim, ...] = (
         "With unsigned activations, ONNX Runtime's INT8 is more than 1.3x faster than its FP32 at 224x224, one image a call.",
         ("1.3", "8", "1", "2"),
         _carry(("ptq_ort_u8", "onnxruntime"), ("fp32", "onnxruntime"), "INT8 (U8 activations) over FP32 in ONNX Runtime", 224, HOT, least=1.3),
+    ),
+    Claim(
+        "floor",
+        "One image a call, INT8 by NNCF in OpenVINO takes less than 2x the floor that the machine's arithmetic and reading speed set; in batches of 64 more than 2x.",
+        ("1", "2", "64"),
+        _floor,
     ),
     Claim(
         "load-capacity",
