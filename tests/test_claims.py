@@ -8,8 +8,6 @@ import pandas as pd
 import pytest
 
 from helpers.report import claims
-from helpers.report import rows as rows_of
-from helpers.report.records import gather, save_record
 from helpers.report.results import Results
 
 PUBLISHED = Path("book/results")
@@ -103,36 +101,6 @@ def test_a_claim_without_its_records_is_not_measured(copy):
     statuses = claims.check(Results.open(copy)).set_index("id").status
     assert {*statuses[["int8-total", "flips", "x86-engine", "more-images", "trimming-bytes"]]} == {"not measured"}
     assert statuses["collapse"] == "holds"
-
-
-def ladder(folder, gains):
-    """The claim on records of notebook 20: recipe -> how many points QAT has more than FP32, and than FP32 trained as long."""
-    rows = []
-    for recipe, more in gains.items():
-        facts = {"arch": "resnet18", "recipe": recipe, "second_relu": True, "seed": 0, "epochs": 1}
-        for over, points in zip(("FP32", "longer"), more, strict=True):
-            interval = {"points": points, "low": points - 0.5, "high": points + 0.5}
-            rows += rows_of.diagnosis_rows(facts | {"data": "d", "split": "test"}, f"QAT minus {over}", interval, 2000)
-    save_record(str(folder), "20_recipes-resnet18", {"seeds": [0]}, ("d", ""), {"diagnosis": rows})
-    gather(str(folder), folder / "results")
-    return claims.RECIPE_LADDER.check(Results.open(folder / "results")).status
-
-
-@pytest.mark.parametrize(
-    ("gains", "status"),
-    [
-        ({"as_run": (4.5, 0), "as_run_all": (0.2, 0)}, "holds"),
-        ({"as_run": (4.5, 0), "as_run_all": (3, 0)}, "fails"),  # the better recipe gains as much
-        ({"as_run": (0.2, 0), "as_run_all": (0.2, 0)}, "fails"),  # there was no gain that could vanish
-        ({"as_run": (4.5, 2.5), "as_run_all": (0.2, 0)}, "fails"),  # the gain was QAT's own
-        ({"as_run": (4.5, 0), "as_run_all": (0.9, 0)}, "undecided"),
-        ({"as_run": (4.5, 0)}, "not measured"),
-    ],
-)
-def test_whether_qat_s_gain_vanishes_is_decided_by_what_qat_gains_over_its_start_and_its_control(
-    tmp_path, gains, status
-):
-    assert ladder(tmp_path, gains) == status
 
 
 def test_a_sentence_and_its_numbers_are_found_beside_the_mark():
