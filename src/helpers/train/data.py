@@ -3,8 +3,7 @@
 import hashlib
 import io
 import os
-import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from helpers.files import StudyError, whole_file
+from helpers.files import StudyError, read_arrays, whole_file
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -234,10 +233,8 @@ def load_parquet(folder: Path, cache_dir: Path) -> tuple[Split, Split, str]:
     files = {part: sorted(folder.glob(f"{part}-*.parquet")) for part in ("train", "test")}
     key = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for fs in files.values() for f in fs])
     cache = cache_dir / f"cifar10-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    try:
+    with suppress(StudyError):  # missing or damaged
         return _decoded(cache)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # missing or damaged
-        pass
     arrays: dict[str, np.ndarray] = {}
     lossy = False
     for part, paths in files.items():
@@ -250,12 +247,12 @@ def load_parquet(folder: Path, cache_dir: Path) -> tuple[Split, Split, str]:
 
 
 def _decoded(cache: Path) -> tuple[Split, Split, str]:
-    with np.load(cache) as stored:
-        train, test = (
-            Split(torch.from_numpy(stored[f"{part}_images"]), torch.from_numpy(stored[f"{part}_labels"]))
-            for part in ("train", "test")
-        )
-        return train, test, str(stored["name"])
+    stored = read_arrays(cache)
+    train, test = (
+        Split(torch.from_numpy(stored[f"{part}_images"]), torch.from_numpy(stored[f"{part}_labels"]))
+        for part in ("train", "test")
+    )
+    return train, test, str(stored["name"])
 
 
 def lossless_test(dataset: Dataset, data_dir: str = "") -> tuple[Split, Split] | None:
