@@ -63,6 +63,11 @@ def whole_file(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
+def first_line(error: BaseException) -> str:
+    """What a tool said, on one line: the kind of its error, and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
 @contextmanager
 def refused(what: str) -> Iterator[None]:
     """Turn what a tool raises into a StudyError, so that a row that cannot be had ends no notebook; what: the sentence."""
@@ -74,10 +79,9 @@ def refused(what: str) -> Iterator[None]:
         chain = [error, error.__cause__, getattr(error, "inner_exception", None)]
         if any(type(link).__name__ == "InvalidCxxCompiler" for link in chain):
             raise StudyError("Inductor found no C++ compiler; install g++ (Debian: apt-get install g++).") from error
-        first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise NotWritten(f"The disk is full ({error.filename or first_line}); free some space.") from error
-        raise StudyError(f"{what} ({first_line}).") from error
+            raise NotWritten(f"The disk is full ({error.filename or first_line(error)}); free some space.") from error
+        raise StudyError(f"{what} ({first_line(error)}).") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -121,7 +125,7 @@ def check_whole(path: Path) -> None:
     except FileNotFoundError as error:
         raise StudyError(f"{error.filename} does not exist; run the notebook that makes it first.") from error
     except Exception as error:  # zipfile and zlib have several of their own
-        raise StudyError(f"{path} is damaged ({error}); make it again.") from error
+        raise StudyError(f"{path} is damaged ({first_line(error)}); make it again.") from error
 
 
 @cache

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import ttest_1samp
 
-from helpers.files import StudyError, read_arrays, refused
+from helpers.files import StudyError, first_line, read_arrays, refused
 from helpers.report.schema import (
     COLUMNS,
     MAY_BE_MISSING,
@@ -457,7 +457,7 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, keep_default_na=False, na_values={column: [""] for column in MAY_BE_MISSING})
     except Exception as error:  # pandas has several of its own
-        raise StudyError(f"{path} is damaged ({str(error).strip()}); {again}.") from error
+        raise StudyError(f"{path} is damaged ({first_line(error)}); {again}.") from error
     if absent := [column for column in columns if column not in frame]:
         raise StudyError(f"{path} is of an older form (it has no {', '.join(absent)}); {again}.")
     numbers = [column for column in columns if column in NUMBERS]

@@ -14,7 +14,7 @@ import openvino
 import torch
 from torch import nn
 
-from helpers.files import StudyError, check_whole, refused
+from helpers.files import StudyError, check_whole, first_line, refused
 from helpers.quantize import arms
 from helpers.quantize.arms import is_eager_int8, load_arm
 from helpers.serve.export import INDUCTOR, SUFFIXES, package_for
@@ -55,8 +55,9 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
     except StudyError:
         raise
     except Exception as error:  # each runtime has its own exceptions for a file it cannot read
-        first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise StudyError(f"{runtime} cannot read {path} ({first_line}); if it is damaged, make it again.") from error
+        raise StudyError(
+            f"{runtime} cannot read {path} ({first_line(error)}); if it is damaged, make it again."
+        ) from error
 
 
 def inductor_predictor(model: nn.Module) -> Predictor:

@@ -9,17 +9,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from helpers.files import StudyError
+from helpers.files import StudyError, refused
 from helpers.quantize.arms import LEGACY
 from helpers.report.records import gather, read_record, runs_of
 from helpers.report.schema import run_name
 from helpers.study.parameters import Arch, RecipeName, Seed, checked, no_others, validated
 from helpers.train.data import TRAINING_IMAGES
+
+if TYPE_CHECKING:
+    import nbformat
 
 Models = Literal["trained", "served", "timed", "first", "none"]
 
@@ -201,12 +204,20 @@ def load_profile(name: str, folder: Path = Path("profiles")) -> Profile:
 
 def declared_parameters(notebook: str, folder: Path = Path("notebooks")) -> list[str]:
     """Names in the parameters cell of a notebook. Raises StudyError when it has no such cell."""
-    import nbformat
-
-    for cell in nbformat.read(folder / f"{notebook}.ipynb", as_version=4).cells:
+    for cell in read_notebook(folder / f"{notebook}.ipynb").cells:
         if "parameters" in cell.metadata.get("tags", []):
             return [line.split(":")[0] for line in cell.source.splitlines() if ":" in line.split("#")[0]]
     raise StudyError(f"{notebook} has no cell tagged parameters.")
+
+
+def read_notebook(path: Path) -> "nbformat.NotebookNode":
+    """Read a notebook. Raises StudyError when it is damaged."""
+    import nbformat
+
+    with refused(f"{path} is no whole notebook; restore it, or run it again"):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)  # of what is wrong, reading only warns
+    return notebook
 
 
 def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **chosen: Any) -> None:

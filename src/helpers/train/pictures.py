@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.files import StudyError
+from helpers.files import StudyError, first_line
 from helpers.train.data import Dataset, Split
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -79,8 +79,8 @@ def fitted(path: Path, size: int) -> np.ndarray:
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             upright = ImageOps.exif_transpose(picture).convert("RGB")
             return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise StudyError(f"{path} is no whole picture ({error}); take it out of the folder.") from error
+    except Exception as error:  # each format has its own
+        raise StudyError(f"{path} is no whole picture ({first_line(error)}); take it out of the folder.") from error
 
 
 def resized(dataset: Dataset, size: int, most: int, mean: Sequence[float], std: Sequence[float]) -> Dataset:
