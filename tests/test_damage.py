@@ -43,7 +43,7 @@ OTHERS = (b"", b"{}", b"[]", b"null", b"PK\x03\x04", b"\x80\x04N.", bytes(100), 
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+        self.conv, self.fc = nn.Conv2d(3, 64, 3, padding=1), nn.Linear(64, 500)
 
     def forward(self, images):
         return self.fc(torch.relu(self.conv(images)).mean((2, 3)))

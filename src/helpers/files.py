@@ -131,9 +131,12 @@ def check_whole(path: Path) -> None:
 @cache
 def _check_whole(path: Path, size: int, changed_ns: int) -> None:
     if path.suffix in _ZIPS:
-        with zipfile.ZipFile(path) as archive:
-            if broken := archive.testzip():
-                raise StudyError(f"{path} is damaged (in {broken}); make it again.")
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            file.seek(-22, os.SEEK_END)  # the record that ends an archive; its count is one that Python does not look at
+            count = int.from_bytes(file.read()[10:12], "little")
+            broken = archive.testzip()
+        if broken or count != len(archive.namelist()):
+            raise StudyError(f"{path} is damaged (in {broken or 'its table of contents'!r}); make it again.")
     elif path.suffix in _SEAL_STANDS:
         content = path.read_bytes()
         found = _seal_of(path, content)
