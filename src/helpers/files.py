@@ -64,8 +64,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def first_line(error: BaseException) -> str:
-    """What a tool said, on one line: the kind of its error, and the first line of its text."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    """What a tool said, on one line of at most 300 characters: the kind of its error, and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
 
 
 @contextmanager
@@ -82,6 +82,14 @@ def refused(what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise NotWritten(f"The disk is full ({error.filename or first_line(error)}); free some space.") from error
         raise StudyError(f"{what} ({first_line(error)}).") from error
+
+
+def path_given(text: str) -> Path:
+    """The path that somebody gave, `~` expanded. Raises StudyError for one that this machine cannot look at."""
+    with refused(f"{text[:200]!r} cannot be looked at; give another path"):
+        path = Path(text).expanduser()
+        path.exists()
+    return path
 
 
 def check_writable(folder: Path) -> None:
@@ -132,7 +140,9 @@ def check_whole(path: Path) -> None:
 def _check_whole(path: Path, size: int, changed_ns: int) -> None:
     if path.suffix in _ZIPS:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            file.seek(-22, os.SEEK_END)  # the record that ends an archive; its count is one that Python does not look at
+            file.seek(
+                -22, os.SEEK_END
+            )  # the record that ends an archive; its count is one that Python does not look at
             count = int.from_bytes(file.read()[10:12], "little")
             broken = archive.testzip()
         if broken or count != len(archive.namelist()):

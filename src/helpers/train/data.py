@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from helpers.files import StudyError, first_line, read_arrays, whole_file
+from helpers.files import StudyError, first_line, path_given, read_arrays, whole_file
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -203,7 +203,7 @@ def find_cifar10(data_dir: str) -> tuple[str, Path | None]:
     given = data_dir or os.environ.get("CIFAR10_ROOT", "")
     if not given:
         return "torchvision", None
-    root = Path(given).expanduser()
+    root = path_given(given)
     if (root / "cifar-10-batches-py").is_dir():
         return "torchvision", root
     for folder in (root, root / "plain_text"):
