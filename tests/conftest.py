@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SOAK = bool(os.environ.get("SOAK"))  # SOAK=1: hundreds of damaged files and bad inputs
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,9 @@
-import json
-
 import nbformat
 import numpy as np
 import pytest
 
 from helpers.files import StudyError
-from helpers.report.records import save_record
+from helpers.report.records import read_record, save_record, write_record
 from helpers.report.rows import accuracy_row, export_row, profile_row
 from helpers.study import canary
 
@@ -89,9 +87,9 @@ def test_the_page_has_the_versions_the_dates_and_the_rows_and_the_command_fails_
     newest = tmp_path / "newest"
     save(newest, "01_train", {FP32: TRUTH})
     record = newest / "records" / f"01_train{MODEL}.json"
-    facts = json.loads(record.read_text())
+    facts = read_record(record)
     facts["run"] |= {"date": "2031-01-02T03:04:05+00:00", "versions": {"torch": "9.9.9"}}
-    record.write_text(json.dumps(facts))
+    write_record(record, facts)
     monkeypatch.setattr(canary, "FOLDER", tmp_path / "out")
     assert canary._command([str(pinned), str(newest)]) == 1
     page = capsys.readouterr().out

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -6,7 +5,7 @@ from conftest import ROOT
 
 from helpers.files import StudyError
 from helpers.quantize.arms import ENGINES
-from helpers.report.records import save_record
+from helpers.report.records import read_record, save_record, write_record
 from helpers.study.parameters import PARAMETERS, check_parameters
 from helpers.study.pipeline import NOTEBOOKS, declared_parameters, ensure, load_profile
 
@@ -149,9 +148,9 @@ def test_a_record_is_made_again_when_what_it_was_made_from_was(tmp_path, monkeyp
 
 
 def date_record(path, minute):
-    record = json.loads(path.read_text())
+    record = read_record(path)
     record["run"]["date"] = f"2026-01-01T00:{minute:02d}:00+00:00"
-    path.write_text(json.dumps(record))
+    write_record(path, record)
 
 
 def test_an_engine_is_one_that_this_pytorch_has_and_without_any_no_work_begins(monkeypatch):

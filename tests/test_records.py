@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helpers.files import StudyError, whole_file
-from helpers.report.records import commit, gather, save_record
+from helpers.report.records import commit, gather, read_record, save_record, write_record
 from helpers.report.results import Results
 from helpers.report.rows import accuracy_row, export_row, size_row
 from helpers.report.schema import COLUMNS, run_name
@@ -97,9 +97,9 @@ def test_a_run_older_than_what_it_was_made_from_is_not_gathered(tmp_path):
     for run_id in names:
         save_record(str(tmp_path), run_id, {}, ("digits", "ab"), {})
     collect(str(tmp_path), tmp_path / "results")
-    record = json.loads((tmp_path / "records" / f"{names[0]}.json").read_text())
+    record = read_record(tmp_path / "records" / f"{names[0]}.json")
     record["run"]["date"] = "9999-01-01T00:00:00+00:00"  # trained anew, after its PTQ
-    (tmp_path / "records" / f"{names[0]}.json").write_text(json.dumps(record))
+    write_record(tmp_path / "records" / f"{names[0]}.json", record)
     before = (tmp_path / "results" / "runs.json").read_bytes()
     with pytest.raises(StudyError, match="02_ptq-resnet18-tuned-s0 is older than 01_train.*run 02_ptq again"):
         collect(str(tmp_path), tmp_path / "results")

@@ -2,11 +2,17 @@
 
 import errno
 import os
+import re
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 
 class StudyError(ValueError):
@@ -57,6 +63,11 @@ def whole_file(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
+def first_line(error: BaseException) -> str:
+    """What a tool said, on one line of at most 300 characters: the kind of its error, and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
+
+
 @contextmanager
 def refused(what: str) -> Iterator[None]:
     """Turn what a tool raises into a StudyError, so that a row that cannot be had ends no notebook; what: the sentence."""
@@ -68,10 +79,17 @@ def refused(what: str) -> Iterator[None]:
         chain = [error, error.__cause__, getattr(error, "inner_exception", None)]
         if any(type(link).__name__ == "InvalidCxxCompiler" for link in chain):
             raise StudyError("Inductor found no C++ compiler; install g++ (Debian: apt-get install g++).") from error
-        first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise NotWritten(f"The disk is full ({error.filename or first_line}); free some space.") from error
-        raise StudyError(f"{what} ({first_line}).") from error
+            raise NotWritten(f"The disk is full ({error.filename or first_line(error)}); free some space.") from error
+        raise StudyError(f"{what} ({first_line(error)}).") from error
+
+
+def path_given(text: str) -> Path:
+    """The path that somebody gave, `~` expanded. Raises StudyError for one that this machine cannot look at."""
+    with refused(f"{text[:200]!r} cannot be looked at; give another path"):
+        path = Path(text).expanduser()
+        path.exists()
+    return path
 
 
 def check_writable(folder: Path) -> None:
@@ -79,3 +97,76 @@ def check_writable(folder: Path) -> None:
     with whole_file(Path(folder) / ".writable") as aside:
         aside.touch()
     (Path(folder) / ".writable").unlink(missing_ok=True)
+
+
+# Where a file of each format says its own CRC-32. Those that other tools write anew lose it: it is what the study wrote.
+_SEAL_STANDS = {".json": (0, 64), ".safetensors": (0, 4096), ".onnx": (0, 32), ".xml": (-64, None)}
+_SEAL = re.compile(rb"crc32\W{1,5}([0-9a-f]{8})")
+UNSEALED = {"crc32": "00000000"}  # what a writer of JSON or safetensors puts in, for `seal` to fill
+# Of the others: an entry of metadata_props as protobuf writes it, before the rest of an ONNX file; a comment behind an IR.
+_SEALS = {".onnx": b"r\x11\n\x05crc32\x12\x0800000000", ".xml": b"\n<!-- crc32 00000000 -->\n"}
+_ZIPS = (".npz", ".pt", ".pt2")
+
+
+def seal(path: Path) -> None:
+    """Write the CRC-32 of a file into it, so that `check_whole` can tell whether it was damaged since.
+
+    path: .json or .safetensors with UNSEALED in it, an ONNX file, or an OpenVINO IR (.xml), of which the .bin counts, too.
+    """
+    content = path.read_bytes()
+    content = _SEALS[".onnx"] + content if path.suffix == ".onnx" else content + _SEALS.get(path.suffix, b"")
+    at = _seal_of(path, content).start(1)
+    path.write_bytes(content[:at] + b"%08x" % _crc32(path, content, at) + content[at + 8 :])
+
+
+def check_whole(path: Path) -> None:
+    """Raise StudyError if a file is missing or not as it was written: by the CRC-32 that `seal` left, or by those of a zip archive.
+
+    Checked once in each process, so that no measured time of loading has it. A file of another format, or one that says no
+    CRC-32 because an earlier version or another tool wrote it, passes.
+    """
+    try:
+        facts = os.stat(path)
+        _check_whole(Path(path), facts.st_size, facts.st_mtime_ns)
+    except StudyError:
+        raise
+    except FileNotFoundError as error:
+        raise StudyError(f"{error.filename} does not exist; run the notebook that makes it first.") from error
+    except Exception as error:  # zipfile and zlib have several of their own
+        raise StudyError(f"{path} is damaged ({first_line(error)}); make it again.") from error
+
+
+@cache
+def _check_whole(path: Path, size: int, changed_ns: int) -> None:
+    if path.suffix in _ZIPS:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            file.seek(
+                -22, os.SEEK_END
+            )  # the record that ends an archive; its count is one that Python does not look at
+            count = int.from_bytes(file.read()[10:12], "little")
+            broken = archive.testzip()
+        if broken or count != len(archive.namelist()):
+            raise StudyError(f"{path} is damaged (in {broken or 'its table of contents'!r}); make it again.")
+    elif path.suffix in _SEAL_STANDS:
+        content = path.read_bytes()
+        found = _seal_of(path, content)
+        if found and int(found[1], 16) != _crc32(path, content, found.start(1)):
+            raise StudyError(f"{path} is damaged or was changed (its CRC-32 is not what it says); make it again.")
+
+
+def _seal_of(path: Path, content: bytes) -> re.Match[bytes] | None:
+    first, last = _SEAL_STANDS[path.suffix]
+    return _SEAL.search(content, max(0, len(content) + first) if first < 0 else first, last or len(content))
+
+
+def _crc32(path: Path, content: bytes, at: int) -> int:
+    """Of a file with zeros for the eight digits at `at`, and of the weights beside an IR."""
+    found = zlib.crc32(memoryview(content)[at + 8 :], zlib.crc32(b"00000000", zlib.crc32(memoryview(content)[:at])))
+    return zlib.crc32(path.with_suffix(".bin").read_bytes(), found) if path.suffix == ".xml" else found
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz by name. Raises StudyError when it is missing or damaged."""
+    check_whole(path)
+    with refused(f"{path} is damaged; make it again"), np.load(path) as stored:
+        return dict(stored)

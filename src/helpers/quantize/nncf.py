@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from helpers.files import StudyError, refused, whole_file
+from helpers.files import StudyError, check_whole, refused, seal, whole_file
 
 # No telemetry: OpenVINO and NNCF fall back to their silent stubs when this package cannot be imported.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -34,6 +34,7 @@ def save_openvino(model: "openvino.Model", path: Path) -> None:
         weights = aside.with_suffix(".bin")
         try:
             openvino.save_model(model, aside, compress_to_fp16=False)
+            seal(aside)
             path.unlink(missing_ok=True)  # a graph never stands beside the weights of another one
             weights.replace(path.with_suffix(".bin"))
         finally:
@@ -51,6 +52,7 @@ def quantize_openvino(float_path: Path, images: Tensor, path: Path, ranges: str 
     ranges: one of RANGES: the mean or the median over images of an activation's smallest and largest value, or the extremes
     of all images. Raises StudyError with what NNCF said when it fails.
     """
+    check_whole(float_path)
     model = openvino.Core().read_model(float_path)
     calibration = nncf.Dataset([image.unsqueeze(0).numpy() for image in images])
     advanced = None
@@ -78,6 +80,7 @@ def quantize_openvino_controlled(
         right = [float(compiled(pictures[i : i + 1])[0].argmax() == labels[i]) for i in chosen]
         return sum(right) / len(right), right
 
+    check_whole(float_path)
     model = openvino.Core().read_model(float_path)
     quantized = nncf.quantize_with_accuracy_control(
         model,

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime.quantization
 from torch import Tensor
 
-from helpers.files import refused, whole_file
+from helpers.files import check_whole, refused, seal, whole_file
 
 UNSIGNED = onnxruntime.quantization.QuantType.QUInt8  # what x86 kernels multiply fastest with signed weights
 
@@ -31,7 +31,7 @@ def quantize_onnxruntime(
     images: float32 [N, 3, H, W], normalised, for its min-max calibration. activation_type: QInt8 is its own default; QUInt8
     is what x86 kernels multiply fastest with signed weights. Raises StudyError with what it said when it fails.
     """
-
+    check_whole(float_path)
     (wanted,) = onnx_inputs(onnx.load(float_path, load_external_data=False))
     together = wanted.type.tensor_type.shape.dim[0].dim_value or 64  # where the file fixes its batch, only that many
 
@@ -51,3 +51,4 @@ def quantize_onnxruntime(
             activation_type=activation_type,
             weight_type=onnxruntime.quantization.QuantType.QInt8,
         )
+        seal(aside)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.files import StudyError, whole_file
+from helpers.files import UNSEALED, StudyError, check_whole, refused, seal, whole_file
 from helpers.machine import machine_facts
-from helpers.report.results import Results
+from helpers.report.results import Results, check_run, read_runs
 from helpers.report.schema import COLUMNS
 
 # What a row is, if it does not say so: of the first training of its seed, timed call after call on images of 32x32 pixels.
@@ -76,19 +76,38 @@ def save_record(
         for row in found:
             if set(row) != set(COLUMNS[table]):
                 raise ValueError(f"{table} row has {sorted(set(row) ^ set(COLUMNS[table]))} too many or too few")
-    record = {"run_id": run_id, "run": run, "tables": tables}
     path = Path(run_dir) / "records" / f"{run_id}.json"
     if predictions or times:
         with whole_file(path.with_suffix(".npz")) as aside:
             np.savez_compressed(aside, **(predictions or {}), **(times or {}))
+    write_record(path, {"run_id": run_id, "run": run, "tables": tables})
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record: run_id, run (how it came to be) and tables (name -> rows)."""
     with whole_file(path) as aside:
-        aside.write_text(json.dumps(record, indent=1, sort_keys=True))
+        aside.write_text(json.dumps(record | UNSEALED, indent=1, sort_keys=True))
+        seal(aside)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what `write_record` wrote. Raises StudyError when it, or the .npz beside it, is damaged, and when it is missing."""
+    again = "delete it and run its notebook again"
+    for file in (path, path.with_suffix(".npz")):
+        if file == path or file.exists():
+            check_whole(file)
+    with refused(f"{path} is damaged; {again}"):
+        record = {key: value for key, value in json.loads(path.read_text()).items() if key not in UNSEALED}
+        check_run(record["run_id"], record["run"])
+        if {*record} != {"run_id", "run", "tables"} or not {*record["tables"]} <= {*COLUMNS}:
+            raise StudyError(f"{path} is no record of this study; {again}.")
+    return record
 
 
 def record_rows(run_dir: str, run_id: str, table: str) -> list[dict[str, Any]]:
     """The rows of one table of one record; none if the run has not been made."""
     path = Path(run_dir) / "records" / f"{run_id}.json"
-    return json.loads(path.read_text())["tables"].get(table, []) if path.exists() else []
+    return read_record(path)["tables"].get(table, []) if path.exists() else []
 
 
 def runs_of(run_dir: str, results: Path | None = None) -> dict[str, Any]:
@@ -104,12 +123,7 @@ def _records(run_dir: str) -> Iterator[dict[str, Any]]:
     paths = sorted((Path(run_dir) / "records").glob("*.json"))
     if not paths:
         raise StudyError(f"There are no records in {run_dir}; run the notebooks 01 to 06 with this run_dir first.")
-    for path in paths:
-        try:
-            record = json.loads(path.read_text())
-            yield {key: record[key] for key in ("run_id", "run", "tables")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise StudyError(f"{path} is damaged ({error}); delete it and run its notebook again.") from error
+    yield from map(read_record, paths)
 
 
 def gather(run_dir: str, results: Path, keep: bool = False) -> None:
@@ -160,8 +174,3 @@ def _no_other_experiment(before: Mapping[str, Any], now: Mapping[str, Any]) -> N
                 f"{run_id} is there already with another {', '.join(different)}; publish a run of the same profile, or remove "
                 "the results it would replace."
             )
-
-
-def read_runs(results: Path) -> dict[str, dict[str, Any]]:
-    """Read runs.json: run_id -> how that run came to be."""
-    return json.loads((Path(results) / "runs.json").read_text())

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import ttest_1samp
 
-from helpers.files import StudyError
+from helpers.files import StudyError, first_line, read_arrays, refused
 from helpers.report.schema import (
     COLUMNS,
     MAY_BE_MISSING,
@@ -92,13 +92,8 @@ class Results:
             raise StudyError(
                 f"{folder} has no results (no runs.json); run the notebooks 01 to 06, or give another folder."
             )
-        try:
-            runs = json.loads((folder / "runs.json").read_text())
-        except ValueError as error:
-            raise StudyError(
-                f"{folder / 'runs.json'} is damaged ({error}); gather the records of the run again."
-            ) from error
-        return cls(folder, {table: _read_table(folder / f"{table}.csv", COLUMNS[table]) for table in COLUMNS}, runs)
+        tables = {table: _read_table(folder / f"{table}.csv", COLUMNS[table]) for table in COLUMNS}
+        return cls(folder, tables, read_runs(folder))
 
     @cached_property
     def data(self) -> str:
@@ -416,13 +411,7 @@ class Results:
         """The arrays of one run: answers (prediction_key) and times (times_key); none where it kept none."""
         if run_id not in self._arrays:
             path = self.folder / "predictions" / f"{run_id}.npz"
-            try:
-                with np.load(path) as stored:
-                    self._arrays[run_id] = dict(stored)
-            except FileNotFoundError:
-                self._arrays[run_id] = {}
-            except Exception as error:  # zipfile, zlib and numpy each have their own
-                raise StudyError(f"{path} is damaged ({error}); gather the records of the run again.") from error
+            self._arrays[run_id] = read_arrays(path) if path.exists() else {}
         return self._arrays[run_id]
 
 
@@ -444,6 +433,23 @@ def difference(a: np.ndarray, b: np.ndarray) -> Difference:
     return Difference(100 * (a.mean() - b.mean()), 100 * low, 100 * high, p, *a.shape, equal)
 
 
+def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read runs.json of a results folder: run_id -> how that run came to be. Raises StudyError when it is damaged."""
+    path = Path(folder) / "runs.json"
+    with refused(f"{path} is damaged; gather the records of the run again"):
+        runs = json.loads(path.read_text())
+        for run_id, run in runs.items():
+            check_run(run_id, run)
+    return runs
+
+
+def check_run(run_id: str, run: Any) -> None:
+    """Raise StudyError if `run` does not say how a run came to be, as `records.save_record` does."""
+    kinds = {"notebook": str, "parameters": dict, "commit": str, "date": str, "data": dict | None, "versions": dict}
+    if not isinstance(run, dict) or not all(isinstance(run.get(key, ...), kind) for key, kind in kinds.items()):
+        raise StudyError(f"{run_id} does not say how it came to be ({', '.join(kinds)}); run its notebook again.")
+
+
 def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     again = "gather the records of the run again (make publish, or notebook 7 of that run)"
     if not path.exists():
@@ -451,7 +457,7 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, keep_default_na=False, na_values={column: [""] for column in MAY_BE_MISSING})
     except Exception as error:  # pandas has several of its own
-        raise StudyError(f"{path} is damaged ({str(error).strip()}); {again}.") from error
+        raise StudyError(f"{path} is damaged ({first_line(error)}); {again}.") from error
     if absent := [column for column in columns if column not in frame]:
         raise StudyError(f"{path} is of an older form (it has no {', '.join(absent)}); {again}.")
     numbers = [column for column in columns if column in NUMBERS]

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 import torch.export.pt2_archive._package
 
-from helpers.files import StudyError, refused
+from helpers.files import StudyError, check_whole, refused
 
 EXPORT_IT = (
     "Where you can load it, write torch.export.save(torch.export.export(model.eval(), (example,)), 'model.pt2') "
@@ -45,7 +45,8 @@ def load_exported(path: Path) -> "torch.export.ExportedProgram":
     `torch.export.load` itself does all three where a file asks for it (torch 2.14). Raises StudyError for a file of another
     kind, a damaged one, and one that asks for it.
     """
-    try:
+    with refused(f"{path} is no whole .pt2 archive"):
+        check_whole(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             foreign = [name for name in names if not _ENTRIES.fullmatch(name)]
@@ -55,10 +56,6 @@ def load_exported(path: Path) -> "torch.export.ExportedProgram":
                 what = f"it holds {(foreign + twice)[0]}" if foreign + twice else "it holds no traced model"
                 raise StudyError(f"{path} is no program that torch.export.save wrote ({what}). {EXPORT_IT}")
             program = json.loads(archive.read(models[0]))
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        if isinstance(error, StudyError):
-            raise
-        raise StudyError(f"{path} is no whole .pt2 archive ({error}). {EXPORT_IT}") from error
     vetted = {"target": _is_operator, "as_operator": _is_operator, "expr_str": _is_formula}
     vetted |= {"in_spec": _is_plain_tree, "out_spec": _is_plain_tree}
     for key, value in _texts(program):

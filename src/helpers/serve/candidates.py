@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from helpers.files import NotWritten, StudyError, refused, whole_file
+from helpers.files import NotWritten, StudyError, check_whole, refused, seal, whole_file
 from helpers.quantize.arms import state_bytes
 from helpers.quantize.nncf import quantize_openvino
 from helpers.quantize.ort import UNSIGNED, quantize_onnxruntime
@@ -71,6 +71,8 @@ class Candidate:
         """Milliseconds from the model to its first answer, one try; Inductor has an empty cache. Raises StudyError."""
         if self.reason:
             raise StudyError(self.reason)
+        if self.path:
+            check_whole(self.path)
         with fresh_cache() if self.runtime == "inductor" else nullcontext(), refused("It does not run"):
             started = time.perf_counter()
             self.predictor(threads)(images)
@@ -107,6 +109,7 @@ def float_onnx(model: Foreign, folder: Path) -> Path:
     elif not path.exists():
         with whole_file(path) as aside:
             onnx.save(onnx.load(model.path), aside)
+            seal(aside)
     return path
 
 

@@ -11,7 +11,7 @@ import openvino
 import torch
 from torch import nn
 
-from helpers.files import StudyError, refused, whole_file
+from helpers.files import StudyError, check_whole, first_line, refused, seal, whole_file
 from helpers.quantize.arms import is_eager_int8
 from helpers.quantize.nncf import save_openvino
 from helpers.train.models import ANY_BATCH
@@ -74,7 +74,8 @@ def export_onnx(model: nn.Module, path: Path, size: int = 32, batch: int = 0) ->
         try:
             onnx.checker.check_model(str(aside), full_check=True)
         except onnx.checker.ValidationError as error:
-            raise StudyError(f"{path.name} does not pass the ONNX checker ({error}).") from error
+            raise StudyError(f"{path.name} does not pass the ONNX checker ({first_line(error)}).") from error
+        seal(aside)
 
 
 def export_aotinductor(model: nn.Module, path: Path, threads: Sequence[int] = (1,), size: int = 32) -> None:
@@ -111,6 +112,7 @@ def package_for(path: Path, threads: int) -> Path:
 @refused("OpenVINO does not convert it")
 def convert_to_openvino(onnx_path: Path, path: Path) -> None:
     """Convert an ONNX file to an OpenVINO IR at `path` (.xml). Raises StudyError with what OpenVINO said when it fails."""
+    check_whole(onnx_path)
     save_openvino(openvino.convert_model(onnx_path), path)
 
 

@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import nn
 
-from helpers.files import StudyError, refused
+from helpers.files import StudyError, first_line, path_given, refused
 from helpers.quantize.ort import onnx_inputs
 from helpers.serve.archives import EXPORT_IT, load_exported
 from helpers.serve.runtimes import load_predictor
@@ -50,7 +50,7 @@ def open_model(given: str, size: int = 0, pretrained: bool = False, seed: int = 
     """
     if given.startswith("torchvision:"):
         return _torchvision(given.removeprefix("torchvision:"), size or 224, pretrained, seed)
-    path = Path(given).expanduser()
+    path = path_given(given)
     if path.suffix not in (".pt2", ".onnx"):
         if path.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
             raise StudyError(
@@ -118,7 +118,7 @@ def _onnx(path: Path, size: int) -> Foreign:
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(str(path))
     except Exception as error:  # protobuf and onnx have their own
-        raise StudyError(f"{path} is no ONNX model ({str(error).strip().splitlines()[0]}).") from error
+        raise StudyError(f"{path} is no ONNX model ({first_line(error)}).") from error
     shapes = []
     for value in onnx_inputs(model):
         kind = value.type.tensor_type

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 
-from helpers.files import StudyError, whole_file
+from helpers.files import StudyError, check_whole, whole_file
 from helpers.serve.profiling import torch_ops
-from helpers.serve.sessions import compile_openvino
+from helpers.serve.sessions import compile_openvino, read_openvino
 from helpers.train.models import Predictor
 
 
@@ -28,7 +27,7 @@ def layers_run_as(path: Path, runtime: str) -> list[dict[str, str]]:
 
 
 def _openvino_layers(path: Path) -> Iterator[dict[str, str]]:
-    compiled = compile_openvino(openvino.Core().read_model(path), 1)
+    compiled = compile_openvino(read_openvino(path), 1)
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items() if key in _OPENVINO_FACTS}
         kind = {"Convolution": "convolution", "FullyConnected": "linear", "MatMul": "linear"}.get(
@@ -48,6 +47,7 @@ _OPENVINO_FACTS = {"layerType", "runtimePrecision", "primitiveType"}
 
 
 def _onnxruntime_layers(path: Path) -> Iterator[dict[str, str]]:
+    check_whole(path)
     with whole_file(path.with_suffix(".optimized.onnx")) as aside:
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(aside)

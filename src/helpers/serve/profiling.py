@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from helpers.files import StudyError
 from helpers.quantize.arms import ENGINES
 from helpers.serve.runtimes import load_predictor
-from helpers.serve.sessions import compile_openvino
+from helpers.serve.sessions import compile_openvino, read_openvino
 from helpers.train.models import Predictor, run_hooked
 from helpers.train.taps import live_taps
 
@@ -212,7 +212,7 @@ def openvino_nodes(
     each, and the compilation whose nodes take least together counts: the one that other work disturbed least. Each node at
     its own least would add up to less than any call took. Counting itself slows a call.
     """
-    model = openvino.Core().read_model(path)
+    model = read_openvino(path)
     compilations = []
     for _ in range(repeats):
         request = compile_openvino(model, len(images), threads, PERF_COUNT=True).create_infer_request()

@@ -14,11 +14,11 @@ import openvino
 import torch
 from torch import nn
 
-from helpers.files import StudyError, refused
+from helpers.files import StudyError, check_whole, first_line, refused
 from helpers.quantize import arms
 from helpers.quantize.arms import is_eager_int8, load_arm
 from helpers.serve.export import INDUCTOR, SUFFIXES, package_for
-from helpers.serve.sessions import compile_openvino, onnxruntime_session, openvino_predictor
+from helpers.serve.sessions import compile_openvino, onnxruntime_session, openvino_predictor, read_openvino
 from helpers.train.models import Predictor, module_predictor
 
 RUNTIMES = tuple(SUFFIXES)
@@ -38,8 +38,7 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
     path = Path(path)
     if runtime not in RUNTIMES:
         raise StudyError(f"runtime is {runtime!r}; allowed are {', '.join(RUNTIMES)}.")
-    if not path.exists():
-        raise StudyError(f"{path} does not exist; run the notebook that makes it first.")
+    check_whole(path)
     if threads:
         torch.set_num_threads(threads)
     try:
@@ -56,8 +55,9 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
     except StudyError:
         raise
     except Exception as error:  # each runtime has its own exceptions for a file it cannot read
-        first_line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise StudyError(f"{runtime} cannot read {path} ({first_line}); if it is damaged, make it again.") from error
+        raise StudyError(
+            f"{runtime} cannot read {path} ({first_line(error)}); if it is damaged, make it again."
+        ) from error
 
 
 def inductor_predictor(model: nn.Module) -> Predictor:
@@ -87,6 +87,8 @@ def inductor_predictor(model: nn.Module) -> Predictor:
 
 def _aotinductor(path: Path, threads: int) -> Predictor:
     fitting = package_for(path, threads)
+    if fitting.exists():
+        check_whole(fitting)  # a damaged library would end the process
     package = torch._inductor.aoti_load_package(str(fitting if fitting.exists() else path))
 
     def predictor(images: np.ndarray) -> np.ndarray:
@@ -103,9 +105,8 @@ def _onnxruntime(path: Path, threads: int) -> Predictor:
 
 
 def _openvino(path: Path, threads: int, runtime: str) -> Predictor:
-    core = openvino.Core()
-    model = core.read_model(path)
-    if runtime == "openvino_bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    model = read_openvino(path)
+    if runtime == "openvino_bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise StudyError("This CPU has no bfloat16 instructions; OpenVINO would compute in float32 instead.")
     of_size: dict[int, Predictor] = {}
 

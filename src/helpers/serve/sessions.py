@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from helpers.files import check_whole
+
 if TYPE_CHECKING:
     import onnxruntime
     import openvino
@@ -15,8 +17,13 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # OpenVINO 
 
 
 def onnxruntime_session(path: Path, threads: int = 0, **config: str) -> "onnxruntime.InferenceSession":
-    """Open an ONNX file; threads: 0 for ONNX Runtime's own choice. config: entries of its session, name -> value."""
+    """Open an ONNX file; threads: 0 for ONNX Runtime's own choice. config: entries of its session, name -> value.
+
+    Raises StudyError for a damaged file, as far as `files.check_whole` can tell.
+    """
     import onnxruntime
+
+    check_whole(path)
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -27,8 +34,10 @@ def onnxruntime_session(path: Path, threads: int = 0, **config: str) -> "onnxrun
 
 
 def read_openvino(path: Path) -> "openvino.Model":
-    """Read an OpenVINO IR (.xml, its .bin beside it) or an ONNX file."""
+    """Read an OpenVINO IR (.xml, its .bin beside it) or an ONNX file. Raises StudyError as `onnxruntime_session` does."""
     import openvino
+
+    check_whole(path)
 
     return openvino.Core().read_model(path)
 

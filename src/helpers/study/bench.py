@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import torch
@@ -22,6 +21,7 @@ from helpers.serve.export import SUFFIXES, convert_to_openvino, export_onnx, exp
 from helpers.serve.load import NOTHING, SERVED, Server, Service
 from helpers.serve.runtimes import load_predictor
 from helpers.serve.timing import summarise, time_interleaved
+from helpers.study.pipeline import read_notebook
 from helpers.train.data import Dataset, Split, find_cifar10, load_data, load_parquet
 from helpers.train.models import build_model
 from helpers.train.training import RECIPES, fit, resolve_precision
@@ -168,7 +168,7 @@ def wall_time(run: Path) -> pd.DataFrame:
     """
     rows = []
     for path in sorted((run / "notebooks").glob("*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
+        notebook = read_notebook(path)
         total = notebook.metadata.get("papermill", {}).get("duration")
         if total is None:
             continue
@@ -188,7 +188,7 @@ def wall_time(run: Path) -> pd.DataFrame:
 def step_times(executed: Path) -> dict[str, float]:
     """Seconds of each step of a notebook that papermill executed: its headings, and what its cells took under each."""
     steps: dict[str, float] = {}
-    for cell in nbformat.read(executed, as_version=4).cells:
+    for cell in read_notebook(executed).cells:
         if cell.cell_type == "markdown":
             titles = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")]
             steps |= {title: 0.0 for title in titles}

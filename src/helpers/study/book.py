@@ -22,7 +22,7 @@ import yaml
 from helpers.files import StudyError, whole_file
 from helpers.report import claims, figures, tables
 from helpers.report.results import Results
-from helpers.study.pipeline import NOTEBOOKS, READERS, collect, load_profile
+from helpers.study.pipeline import NOTEBOOKS, READERS, collect, load_profile, read_notebook
 
 PAGES = Path("book")
 README = Path("README.md")
@@ -55,7 +55,7 @@ def copy_chapter(executed: Path, chapter: Path) -> None:
     """
     if not executed.exists():
         raise StudyError(f"{executed} is missing; run its notebook first.")
-    notebook = nbformat.read(executed, as_version=4)
+    notebook = read_notebook(executed)
     numbers: dict[str, str] = defaultdict(lambda: f"T_{len(numbers):05d}")
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -89,7 +89,7 @@ def is_of_today(chapter: Path, source: Path) -> bool:
 
 
 def _code(notebook: Path) -> list[str]:
-    cells = nbformat.read(notebook, as_version=4).cells
+    cells = read_notebook(notebook).cells
     left_out = {"setup", "parameters", "injected-parameters"}
     return [
         ast.dump(ast.parse(cell.source))
@@ -101,7 +101,7 @@ def _code(notebook: Path) -> list[str]:
 def mark_if_earlier(chapter: Path, source: Path) -> None:
     """Say under the title of a chapter that other code was executed than its notebook has today."""
     if not is_of_today(chapter, source):
-        notebook = nbformat.read(chapter, as_version=4)
+        notebook = read_notebook(chapter)
         notebook.cells[0].source += f"\n\n{EARLIER}"
         nbformat.write(notebook, chapter)
 
@@ -191,7 +191,7 @@ def only_what_is_there(book: Path) -> None:
     for page in [*book.glob("*.md"), *(book / "data").glob("*.md")]:
         page.write_text(_without_dead_links(page.read_text(), book, book))
     for chapter in (book / "chapters").glob("*.ipynb"):
-        notebook = nbformat.read(chapter, as_version=4)
+        notebook = read_notebook(chapter)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = _without_dead_links(cell.source, chapter.parent, book)
@@ -227,10 +227,10 @@ def executed_notebook(notebook: str, profile: str) -> Path:
 
 def book_of_run(profile: str) -> Path:
     """Build the book of one run: its chapters, its verdicts, and the published findings. Returns the first page."""
+    settings = load_profile(profile)  # before anything is removed: `profile` becomes a path
     book = Path("runs") / profile / "book"
     shutil.rmtree(book / "chapters", ignore_errors=True)
     copy_pages(book)
-    settings = load_profile(profile)
     for notebook in NOTEBOOKS:
         if settings.planned(notebook):
             copy_chapter(executed_notebook(notebook, profile), book / "chapters" / f"{notebook}.ipynb")
@@ -305,7 +305,7 @@ def _is_finished(executed: Path) -> bool:
     """Whether papermill ran this notebook to its end without an error."""
     if not executed.exists():
         return False
-    papermill_says = nbformat.read(executed, as_version=4).metadata.get("papermill", {})
+    papermill_says = read_notebook(executed).metadata.get("papermill", {})
     return bool(papermill_says.get("end_time")) and not papermill_says.get("exception")
 
 

@@ -12,11 +12,11 @@ from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
-import nbformat
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from helpers.study.pipeline import NOTEBOOKS, SIZE_OF, Profile, load_profile
+from helpers.files import StudyError
+from helpers.study.pipeline import NOTEBOOKS, SIZE_OF, Profile, load_profile, read_notebook
 
 PROFILE = "STUDY_PROFILE"  # environment variable: the profile that runs
 LAST_LINES = 15  # of a failed cell, on the screen
@@ -39,7 +39,11 @@ def cell_that_failed(notebook: Path) -> list[str]:
     if not notebook.exists():
         return []
     lines: list[str] = []
-    for cell in nbformat.read(notebook, as_version=4).cells:
+    try:
+        cells = read_notebook(notebook).cells
+    except StudyError as error:  # it was stopped while it was written
+        return [str(error)]
+    for cell in cells:
         outputs = cell.get("outputs", [])
         if any(output.output_type == "error" for output in outputs):
             for output in outputs:

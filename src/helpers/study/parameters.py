@@ -7,6 +7,7 @@ lists of allowed words stand in the modules that they belong to.
 
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,8 +23,42 @@ from helpers.train.data import DATA_NAMES
 from helpers.train.models import ARCHS
 from helpers.train.training import CHANGES, PRECISIONS, RECIPES
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+# No larger number means anything here, and many a larger one would fill the memory or never end.
+LARGEST = {
+    "count": 1_000_000,
+    "seed": 2**31 - 1,
+    "epochs": 10_000,
+    "threads": 1_024,
+    "batch": 4_096,
+    "pixels": 1_024,
+    "idle_ms": 60_000,
+    "seconds": 86_400,
+    "share": 100,
+}
+LONGEST = 1_000  # characters of a text
+
+
+def _at_most(largest: str, least: int = 0) -> Any:
+    return Annotated[int, Field(ge=least, le=LARGEST[largest])]
+
+
+def _more_than_0(largest: str) -> Any:
+    return Annotated[float, Field(gt=0, le=LARGEST[largest], allow_inf_nan=False)]
+
+
+def _plain_text(text: str) -> str:
+    """Without characters that no path may have, and no part of it longer than a file name may be."""
+    if not text.isprintable() or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise PydanticCustomError("text", "take printable characters only, and at most 255 bytes between two slashes")
+    return text
+
+
+Text = Annotated[str, Field(max_length=LONGEST), AfterValidator(_plain_text)]
+Count = _at_most("count")
+Positive = _at_most("count", 1)
+Seed = _at_most("seed")
+Epochs = _at_most("epochs")
+Threads = Annotated[list[_at_most("threads", 1)], Field(min_length=1)]
 
 
 def _all_or_several(limit: int) -> int:
@@ -51,45 +86,45 @@ PARAMETERS: dict[str, Any] = {
     "recipe": RecipeName,
     "recipes": Annotated[list[RecipeName], Field(min_length=1)],
     "changes": list[Literal[*CHANGES]],
-    "seed": Count,
-    "seeds": Annotated[list[Count], Field(min_length=1)],
+    "seed": Seed,
+    "seeds": Annotated[list[Seed], Field(min_length=1)],
     "data": Literal[*DATA_NAMES],
-    "data_dir": str,
-    "limit": Annotated[int, Field(ge=0), AfterValidator(_all_or_several)],
-    "run_dir": Annotated[str, Field(min_length=1)],
-    "start_from": Annotated[str, Field(min_length=1)],
-    "epochs": Count,
-    "extra_epochs": Count,
+    "data_dir": Text,
+    "limit": Annotated[Count, AfterValidator(_all_or_several)],
+    "run_dir": Annotated[Text, Field(min_length=1)],
+    "start_from": Annotated[Text, Field(min_length=1)],
+    "epochs": Epochs,
+    "extra_epochs": Epochs,
     "precision": Literal[*PRECISIONS],
     "qconfig": Literal[*QCONFIG_NAMES],
-    "engine": Literal[*ENGINES] if LEGACY else str,  # without any, what needs one says so
+    "engine": Literal[*ENGINES] if LEGACY else Text,  # without any, what needs one says so
     "calibration_images": Positive,
     "calibration_sizes": Annotated[list[Positive], Field(min_length=1)],
     "draws": Positive,
     "rounds": Positive,
-    "threads": Annotated[list[Positive], Field(min_length=1)],
-    "batches": Annotated[list[Positive], Field(min_length=1)],
-    "sizes": Annotated[list[Positive], Field(min_length=1)],
-    "idle_ms": Annotated[list[Count], Field(min_length=1)],
-    "app_seconds": Positive,
+    "threads": Threads,
+    "batches": Annotated[list[_at_most("batch", 1)], Field(min_length=1)],
+    "sizes": Annotated[list[_at_most("pixels", 1)], Field(min_length=1)],
+    "idle_ms": Annotated[list[_at_most("idle_ms")], Field(min_length=1)],
+    "app_seconds": _at_most("seconds", 1),
     "probed_images": Positive,
     "control_images": Positive,
     "archs": Annotated[list[Arch], Field(min_length=1)],
     "arms": list[Literal[*ARMS]],
     "as_reference": bool,
     "first_calls": bool,
-    "cores": Count,
+    "cores": _at_most("threads"),
     "served": Annotated[list[Literal[*SERVED]], Field(min_length=1)],
-    "shares": Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)],
-    "seconds": Annotated[float, Field(gt=0, allow_inf_nan=False)],
-    "limit_ms": Annotated[float, Field(gt=0, allow_inf_nan=False)],
-    "model": str,
+    "shares": Annotated[list[_more_than_0("share")], Field(min_length=1)],
+    "seconds": _more_than_0("seconds"),
+    "limit_ms": Annotated[float, Field(gt=0, le=1000 * LARGEST["seconds"], allow_inf_nan=False)],
+    "model": Text,
     "pretrained": bool,
-    "images": str,
-    "size": Count,
+    "images": Text,
+    "size": _at_most("pixels"),
     "mean": Means,
     "std": Deviations,
-    "width": Annotated[float, Field(ge=0)],
+    "width": Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)],
 }
 
 
@@ -134,7 +169,7 @@ def no_others(given: list[str], allowed: list[str], where: str) -> None:
     """Raise StudyError for the first of the `given` names that is not `allowed`; where: the text names what has these."""
     for name in given:
         if name not in allowed:
-            raise StudyError(f"{name} is not a parameter of {where}; it has {', '.join(allowed)}.")
+            raise StudyError(f"{_shown(name)} is not a parameter of {where}; it has {', '.join(allowed)}.")
 
 
 def checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -150,17 +185,38 @@ def validated(model: type[BaseModel], values: Any, where: str) -> BaseModel:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "the content"
+        name = ".".join(_shown(part) for part in first["loc"]) or "the content"
         if first["type"] == "missing":
             raise StudyError(f"{where}{name} is missing; add it.") from error
         if first["type"] == "extra_forbidden":
             raise StudyError(f"{where}{name} is no key here; take it away or correct its name.") from error
         wanted = _lower(first["msg"])
         if first["type"] == "list_type":
-            wanted = (
-                f"a list is needed, as YAML: '{first['loc'][-1]}: [{first['input']}]' (papermill takes that after -y)"
-            )
-        raise StudyError(f"{where}{name} is {first['input']!r}; {wanted}.") from error
+            wanted = f"a list is needed, as YAML: '{_shown(first['loc'][-1])}: [{_shown(first['input'])}]' (papermill takes that after -y)"
+        raise StudyError(f"{where}{name} is {_short.repr(first['input'])}; {wanted}.") from error
+
+
+class _Short(reprlib.Repr):
+    """Of a number with more digits than Python writes, the type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 200
+
+    def repr_int(self, value: int, level: int) -> str:
+        try:
+            return super().repr_int(value, level)
+        except ValueError:
+            return "a number of thousands of digits"
+
+
+_short = _Short()
+
+
+def _shown(value: Any) -> str:
+    """A name as it is, anything else as Python writes it, shortened and on one line."""
+    text = _short.repr(value)
+    return text[1:-1] if isinstance(value, str) else text
 
 
 def _lower(text: str) -> str:

@@ -3,24 +3,26 @@
 Snakefile, book, README's list and every notebook that needs another one read NOTEBOOKS.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from helpers.files import StudyError
+from helpers.files import StudyError, refused
 from helpers.quantize.arms import LEGACY
-from helpers.report.records import gather, runs_of
+from helpers.report.records import gather, read_record, runs_of
 from helpers.report.schema import run_name
-from helpers.study.parameters import Arch, Count, RecipeName, checked, no_others, validated
+from helpers.study.parameters import Arch, RecipeName, Seed, checked, no_others, validated
 from helpers.train.data import TRAINING_IMAGES
+
+if TYPE_CHECKING:
+    import nbformat
 
 Models = Literal["trained", "served", "timed", "first", "none"]
 
@@ -98,7 +100,7 @@ class Block(BaseModel):
 
     archs: Annotated[list[Arch], Field(min_length=1)]
     recipes: Annotated[list[RecipeName], Field(min_length=1)]
-    seeds: Annotated[list[Count], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     notebooks: dict[str, dict[str, Any]] = {}  # parameters of notebooks for these models only
     leave_out: list[Literal[*OPTIONAL]] = []  # notebooks that these models do without
 
@@ -174,11 +176,11 @@ class Profile(BaseModel):
 def load_profile(name: str, folder: Path = Path("profiles")) -> Profile:
     """Read and check profiles/`name`.yml. Raises StudyError, naming file and key, for anything that no notebook would take."""
     path = folder / f"{name}.yml"
-    if not path.exists():
-        raise StudyError(f"profile is {name!r}; allowed are {', '.join(sorted(p.stem for p in folder.glob('*.yml')))}.")
+    if name not in (there := sorted(p.stem for p in folder.glob("*.yml"))):
+        raise StudyError(f"profile is {name!r}; allowed are {', '.join(there)}.")
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except Exception as error:  # what a value looks like, but cannot be, has exceptions of its own
         raise StudyError(f"{path} is not YAML ({' '.join(str(error).split())}).") from error
     profile = validated(Profile, content, f"{path}: ")
     assert isinstance(profile, Profile)
@@ -202,12 +204,20 @@ def load_profile(name: str, folder: Path = Path("profiles")) -> Profile:
 
 def declared_parameters(notebook: str, folder: Path = Path("notebooks")) -> list[str]:
     """Names in the parameters cell of a notebook. Raises StudyError when it has no such cell."""
-    import nbformat
-
-    for cell in nbformat.read(folder / f"{notebook}.ipynb", as_version=4).cells:
+    for cell in read_notebook(folder / f"{notebook}.ipynb").cells:
         if "parameters" in cell.metadata.get("tags", []):
             return [line.split(":")[0] for line in cell.source.splitlines() if ":" in line.split("#")[0]]
     raise StudyError(f"{notebook} has no cell tagged parameters.")
+
+
+def read_notebook(path: Path) -> "nbformat.NotebookNode":
+    """Read a notebook. Raises StudyError when it is damaged."""
+    import nbformat
+
+    with refused(f"{path} is no whole notebook; restore it, or run it again"):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)  # of what is wrong, reading only warns
+    return notebook
 
 
 def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **chosen: Any) -> None:
@@ -222,7 +232,7 @@ def ensure(record: Path | str, notebook: str, parameters: Mapping[str, Any], **c
     asked = {**parameters, **chosen}
     why = f"{record} is missing"
     if record.exists():
-        run = json.loads(record.read_text())["run"]
+        run = read_record(record)["run"]
         _no_other_values(record, run["parameters"], asked)
         sources = [record.with_name(f"{name}.json") for name in made_from(record.stem, notebook)]
         newer = [source for source in sources if source.exists() and _date(source) > run["date"]]
@@ -257,7 +267,7 @@ def float_exports(record: Path, notebook: str) -> list[Path]:
 
 
 def _date(record: Path) -> str:
-    return json.loads(record.read_text())["run"]["date"]
+    return read_record(record)["run"]["date"]
 
 
 def _no_other_values(record: Path, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -16,8 +16,8 @@ import papermill
 
 from helpers.files import StudyError, check_writable
 from helpers.machine import machine_name
-from helpers.report.records import read_runs
-from helpers.report.results import Results
+from helpers.report.records import read_record, write_record
+from helpers.report.results import Results, read_runs
 from helpers.report.tables import as_text, machines
 from helpers.study.pipeline import collect
 
@@ -63,15 +63,14 @@ def add_machine(run: Path = RUN, results: Path = RESULTS) -> str:
 
 def _named_after_machine(path: Path, target: Path) -> str:
     """Copy a record, and its arrays, into `target` under the run_id of its machine; returns the machine's name."""
-    record = json.loads(path.read_text())
+    record = read_record(path)
     machine = machine_name(record["run"])
     words = re.sub(r"\((r|tm)\)|processor|cores?", "", machine.lower())
     run_id = "-".join([record["run_id"], *re.findall(r"\w+", words)])
     record["run_id"] = run_id
     for row in (row for rows in record["tables"].values() for row in rows):
         row["run_id"] = run_id
-    target.mkdir(parents=True, exist_ok=True)
-    (target / f"{run_id}.json").write_text(json.dumps(record))
+    write_record(target / f"{run_id}.json", record)
     shutil.copy(path.with_suffix(".npz"), target / f"{run_id}.npz")
     return machine
 

@@ -3,8 +3,7 @@
 import hashlib
 import io
 import os
-import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from helpers.files import StudyError, whole_file
+from helpers.files import StudyError, first_line, path_given, read_arrays, whole_file
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -204,7 +203,7 @@ def find_cifar10(data_dir: str) -> tuple[str, Path | None]:
     given = data_dir or os.environ.get("CIFAR10_ROOT", "")
     if not given:
         return "torchvision", None
-    root = Path(given).expanduser()
+    root = path_given(given)
     if (root / "cifar-10-batches-py").is_dir():
         return "torchvision", root
     for folder in (root, root / "plain_text"):
@@ -221,7 +220,7 @@ def _torchvision(root: Path, download: bool) -> tuple[Split, Split, str]:
             parts = [CIFAR10(root, train=train, download=download) for train in (True, False)]
     except Exception as error:  # torchvision raises whatever its download or its pickle reader raised
         what = "could not be downloaded" if download else f"in {str(root)!r} is incomplete or damaged"
-        raise StudyError(f"CIFAR-10 {what} ({error}). {THREE_WAYS}") from error
+        raise StudyError(f"CIFAR-10 {what} ({first_line(error)}). {THREE_WAYS}") from error
     train, test = (
         Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in parts
@@ -234,10 +233,8 @@ def load_parquet(folder: Path, cache_dir: Path) -> tuple[Split, Split, str]:
     files = {part: sorted(folder.glob(f"{part}-*.parquet")) for part in ("train", "test")}
     key = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for fs in files.values() for f in fs])
     cache = cache_dir / f"cifar10-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    try:
+    with suppress(StudyError):  # missing or damaged
         return _decoded(cache)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # missing or damaged
-        pass
     arrays: dict[str, np.ndarray] = {}
     lossy = False
     for part, paths in files.items():
@@ -250,12 +247,12 @@ def load_parquet(folder: Path, cache_dir: Path) -> tuple[Split, Split, str]:
 
 
 def _decoded(cache: Path) -> tuple[Split, Split, str]:
-    with np.load(cache) as stored:
-        train, test = (
-            Split(torch.from_numpy(stored[f"{part}_images"]), torch.from_numpy(stored[f"{part}_labels"]))
-            for part in ("train", "test")
-        )
-        return train, test, str(stored["name"])
+    stored = read_arrays(cache)
+    train, test = (
+        Split(torch.from_numpy(stored[f"{part}_images"]), torch.from_numpy(stored[f"{part}_labels"]))
+        for part in ("train", "test")
+    )
+    return train, test, str(stored["name"])
 
 
 def lossless_test(dataset: Dataset, data_dir: str = "") -> tuple[Split, Split] | None:
@@ -295,14 +292,14 @@ def read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, bool]:
     for path in paths:
         try:
             table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise StudyError(f"{path} is not a readable parquet file ({error}). {THREE_WAYS}") from error
+        except Exception as error:  # Arrow's own, and what damaged text makes Python raise
+            raise StudyError(f"{path} is not a readable parquet file ({first_line(error)}). {THREE_WAYS}") from error
         if not {"img", "label"} <= set(table.column_names):
             raise StudyError(f"{path} has the columns {table.column_names}; CIFAR-10 needs img and label. {THREE_WAYS}")
         try:
             part = table["label"].to_numpy().astype(np.int64)
-        except (ValueError, TypeError) as error:
-            raise StudyError(f"{path} has labels that are no numbers ({error}). {THREE_WAYS}") from error
+        except Exception as error:
+            raise StudyError(f"{path} has labels that are no numbers ({first_line(error)}). {THREE_WAYS}") from error
         if not len(part):
             raise StudyError(f"{path} has no rows. {THREE_WAYS}")
         if not 0 <= part.min() <= part.max() <= 9:
@@ -312,8 +309,9 @@ def read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, bool]:
             try:
                 lossy |= cell["bytes"][:2] == b"\xff\xd8"
                 picture = np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
-            except (TypeError, KeyError, OSError) as error:
-                raise StudyError(f"{path}, row {row}: the image cannot be decoded ({error}). {THREE_WAYS}") from error
+            except Exception as error:  # each format of pictures has its own
+                why = f"the image cannot be decoded ({first_line(error)})"
+                raise StudyError(f"{path}, row {row}: {why}. {THREE_WAYS}") from error
             if picture.shape != (32, 32, 3):
                 raise StudyError(
                     f"{path}, row {row}: the image is {picture.shape[:2]}; CIFAR-10 has (32, 32). {THREE_WAYS}"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.files import StudyError
+from helpers.files import StudyError, first_line, path_given, refused
 from helpers.train.data import Dataset, Split
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -46,12 +46,13 @@ def load_pictures(folder: str, size: int, most: int, seed: int, mean: Sequence[f
 
 def picture_files(folder: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     """The image files of a folder with their labels, and the classes: the names of its subfolders. Raises StudyError."""
-    root = Path(folder).expanduser()
+    root = path_given(folder)
     if not root.is_dir():
         raise StudyError(f"images is {folder!r}, which is no folder. {THE_FOLDER}")
-    beside = _pictures_in(root.iterdir())
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    inside = [_pictures_in(path.rglob("*")) for path in folders]
+    with refused(f"images is {folder!r}, which cannot be read. {THE_FOLDER}"):
+        beside = _pictures_in(root.iterdir())
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        inside = [_pictures_in(path.rglob("*")) for path in folders]
     if beside and any(inside):
         raise StudyError(f"{folder} has images beside the folders of its classes ({beside[0].name}). {THE_FOLDER}")
     if empty := [path.name for path, found in zip(folders, inside, strict=True) if any(inside) and not found]:
@@ -79,8 +80,8 @@ def fitted(path: Path, size: int) -> np.ndarray:
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             upright = ImageOps.exif_transpose(picture).convert("RGB")
             return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise StudyError(f"{path} is no whole picture ({error}); take it out of the folder.") from error
+    except Exception as error:  # each format has its own
+        raise StudyError(f"{path} is no whole picture ({first_line(error)}); take it out of the folder.") from error
 
 
 def resized(dataset: Dataset, size: int, most: int, mean: Sequence[float], std: Sequence[float]) -> Dataset:

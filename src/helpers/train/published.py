@@ -4,7 +4,6 @@ Command line: python -m helpers.train.published RUN_DIR [ARCH RECIPE SEED] adds 
 """
 
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from helpers.files import StudyError
+from helpers.report.records import read_record
 from helpers.report.schema import run_name
 from helpers.train.data import load_data
 from helpers.train.models import IMAGE_SIZE, ResNet, build_model, module_predictor
@@ -76,7 +76,7 @@ def publish(run_dir: str, arch: str, recipe: str, seed: int, path: Path | None =
     record = Path(run_dir) / "records" / f"{run_name('01_train', arch, recipe, seed)}.json"
     if not record.exists():
         raise StudyError(f"{record} is missing; run notebook 1 with this run_dir first.")
-    run = json.loads(record.read_text())["run"]
+    run = read_record(record)["run"]
     source = weights_path(run_dir, arch, recipe, seed, "fp32")
     model = build_model(arch, seed).eval()
     load_state(model, load_weights(source, arch)[0], source)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from helpers.files import StudyError, whole_file
+from helpers.files import StudyError, check_whole, whole_file
 from helpers.machine import machine_facts
 from helpers.progress import announce, progress
 from helpers.train.data import Dataset, Split, augment
@@ -378,6 +378,7 @@ def _resume(
 def _stored(checkpoint: Path) -> dict[str, Any]:
     """What `fit` wrote. Raises StudyError when it cannot be read, or is of an earlier version of the study."""
     try:
+        check_whole(checkpoint)
         stored = torch.load(checkpoint, map_location="cpu", weights_only=True)  # a GPU may have written it
         return {name: stored[name] for name in ("key", "history", "machines")} | stored
     except Exception as error:  # whatever the damaged file makes the reader raise

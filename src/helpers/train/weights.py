@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from helpers.files import StudyError, whole_file
+from helpers.files import UNSEALED, StudyError, check_whole, refused, seal, whole_file
 from helpers.train.models import ARCHS
 
 
@@ -19,7 +19,8 @@ def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str])
     """Write a state dict as safetensors; `metadata` must name the `arch` and says how the weights came to be."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with whole_file(path) as aside:
-        save_file(state, aside, metadata=metadata)
+        save_file(state, aside, metadata=metadata | UNSEALED)
+        seal(aside)
 
 
 def load_weights(path: Path, arch: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -27,15 +28,13 @@ def load_weights(path: Path, arch: str | None = None) -> tuple[dict[str, Tensor]
 
     Raises StudyError when the file is missing, damaged, foreign or of another architecture.
     """
-    path = Path(path)
-    if not path.exists():
-        raise StudyError(f"{path} does not exist; run the notebook that makes it first.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise StudyError(f"{path} is not a whole safetensors file ({error}); delete it and make it again.") from error
+    check_whole(path)
+    with (
+        refused(f"{path} is not a whole safetensors file; delete it and make it again"),
+        safe_open(path, framework="pt") as file,
+    ):
+        metadata = {name: value for name, value in (file.metadata() or {}).items() if name not in UNSEALED}
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if metadata.get("arch") not in ARCHS:
         raise StudyError(
             f"{path} does not say which arch it is, so it is not from this study; delete it and make it again."
