@@ -35,11 +35,15 @@ def mean_minutes(rule: str, profile: Profile) -> float:
 
 
 def cell_that_failed(notebook: Path) -> list[str]:
-    """The last lines that the failed cell of an executed notebook gave, its error last; [] if none failed."""
+    """The last lines that the failed cell of an executed notebook gave, its error last; [] if none failed, or it is not whole."""
     if not notebook.exists():
         return []
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except ValueError:  # papermill was stopped while it wrote, or the disk was full
+        return []
     lines: list[str] = []
-    for cell in nbformat.read(notebook, as_version=4).cells:
+    for cell in cells:
         outputs = cell.get("outputs", [])
         if any(output.output_type == "error" for output in outputs):
             for output in outputs:
