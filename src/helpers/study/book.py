@@ -22,7 +22,7 @@ import yaml
 from helpers.files import StudyError, whole_file
 from helpers.report import claims, figures, tables
 from helpers.report.results import Results
-from helpers.study.pipeline import NOTEBOOKS, READERS, collect, load_profile
+from helpers.study.pipeline import NOTEBOOKS, READERS, WITH_PARENT, collect, load_profile
 
 PAGES = Path("book")
 README = Path("README.md")
@@ -211,7 +211,7 @@ def build(book: Path) -> Path:
     """Build the HTML; every warning is an error. Returns the first page. Raises StudyError with what went wrong."""
     only_what_is_there(book)
     jupyter_book = str(Path(sys.executable).parent / "jupyter-book")
-    command = [jupyter_book, "build", str(book), "-W", "-n", "--keep-going", "--quiet"]
+    command = [*WITH_PARENT, jupyter_book, "build", str(book), "-W", "-n", "--keep-going", "--quiet"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         lines = f"{result.stdout}\n{result.stderr}".splitlines()
