@@ -122,6 +122,11 @@ def test_a_notebook_that_is_not_whole_hides_no_failure(tmp_path):
 OF = {"arch": "resnet18", "recipe": "tuned", "seed": 0}
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return a_run(tmp_path_factory.mktemp("one"))
+
+
 def a_run(folder, predicted=0, correct=3, weight=1.0, seconds=1.0):
     """A finished run in small."""
     tables = {
@@ -143,8 +148,8 @@ def a_run(folder, predicted=0, correct=3, weight=1.0, seconds=1.0):
         ({"weight": 1.0001}, ["fp32.safetensors has other weights"]),
     ],
 )
-def test_a_difference_is_named_and_times_are_none(tmp_path, change, said):
-    one, other = a_run(tmp_path / "one"), a_run(tmp_path / "other", **change)
+def test_a_difference_is_named_and_times_are_none(one, tmp_path, change, said):
+    other = a_run(tmp_path, **change)
     assert soak.differences(one, other) == said
     (other / "records" / "stray").touch()
     assert soak.differences(one, other) == ["records/stray is in one of them only", *said]
