@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from helpers.report.rows import accuracy_row, export_row
 from helpers.serve.export import convert_to_openvino, export_onnx, export_torchscript
 from helpers.study import soak
 from helpers.study.console import cell_that_failed
+from helpers.study.run import run_study
 from helpers.train.data import load_data
 from helpers.train.training import Recipe, fit
 from helpers.train.weights import save_weights
@@ -102,6 +104,21 @@ def test_a_study_without_room_ends_in_a_sentence_before_it_starts(disk, tmp_path
     assert (
         done.stderr.startswith("study: ") and "the disk is full" in done.stderr and len(done.stderr.splitlines()) == 1
     )
+
+
+def test_a_study_that_runs_out_of_room_half_way_says_so(disk, tmp_path, monkeypatch):
+    for part in ("profiles", "notebooks"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    (tmp_path / "runs").symlink_to(disk)
+    monkeypatch.chdir(tmp_path)
+    with ExitStack() as stack, pytest.raises(NotWritten, match="the disk is full"):
+
+        def stops(*_):
+            stack.enter_context(soak.full(disk))
+            return 1
+
+        monkeypatch.setattr("helpers.study.run._snakemake", stops)
+        run_study("smoke", [])
 
 
 def test_what_a_killed_process_was_writing_is_no_record_and_is_removed(tmp_path):
