@@ -54,6 +54,11 @@ def model(tmp_path_factory):
     )
 
 
+def test_an_export_names_no_folder_of_the_machine_that_made_it(model):
+    for file in (model.onnx, model.ir):
+        assert str(ROOT).encode() not in file.read_bytes() and b"site-packages" not in file.read_bytes(), file
+
+
 NOISE = np.random.default_rng(0).integers(0, 256, 4_000_000).astype(np.uint8)  # does not compress
 RUN_ID = "01_train-resnet18-tuned-s0"
 

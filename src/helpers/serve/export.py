@@ -68,6 +68,7 @@ def export_onnx(model: nn.Module, path: Path, size: int = 32, batch: int = 0) ->
             free = {"dynamic_shapes": None if batch else ANY_BATCH, "opset_version": OPSET}
             program = torch.onnx.export(model, images, dynamo=True, **free, **named)
             for node in program.model.graph:  # which it numbers; weights keep PyTorch's names
+                node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names folders of this machine
                 if node.op_type in ("Conv", "Gemm") and node.inputs[1].name.endswith(".weight"):
                     node.name = node.inputs[1].name.removesuffix(".weight")
             program.save(aside, external_data=False)
