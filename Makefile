@@ -1,11 +1,11 @@
-# make study [PROFILE=quick|cifar10|reference] · make test [STUDY=smoke_full] · make book · make publish · make lint · make bench · make machine · make canary · make repository URL=...
+# make study [PROFILE=quick|cifar10|reference] · make test [STUDY=smoke_full] · make book · make publish · make lint · make bench · make machine · make canary · make soak [KILLS=20] · make repository URL=...
 PROFILE ?= quick
 STUDY ?= smoke
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: study test book publish lint bench machine canary repository
+.PHONY: study test book publish lint bench machine canary soak repository
 
 study: $(BIN)/installed
 	$(BIN)/python -m helpers.study.run $(PROFILE)
@@ -34,6 +34,9 @@ machine: $(BIN)/installed
 
 canary: $(BIN)/installed
 	$(BIN)/python -m helpers.study.canary
+
+soak: $(BIN)/installed
+	$(BIN)/python -m helpers.study.soak $(KILLS)
 
 repository: $(BIN)/installed
 	$(BIN)/python -m helpers.study.repository $(URL)

@@ -3,12 +3,11 @@
 # last and whole. Executed notebooks are logs, so that a failed one is kept with its traceback.
 import json
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 from helpers.train.models import ARCHS
-from helpers.study.pipeline import NOTEBOOKS, load_profile
+from helpers.study.pipeline import NOTEBOOKS, WITH_PARENT, load_profile
 from helpers.report.schema import run_name
 
 NAME = config.get("profile", "quick")
@@ -23,9 +22,8 @@ threads_each = max(1, min(4, CORES // len(PROFILE.trained()) if workflow.cores e
 PYTHON = shlex.quote(sys.executable)
 # What the notebooks print goes into one log; the console says what starts and what ends, see helpers.study.console.
 LOGGED = f" >> {RUN}/study.log 2>&1"
-# A notebook ends with the study that started it, even if that is killed (Linux).
-WITH_THE_STUDY = "exec setpriv --pdeathsig TERM " if shutil.which("setpriv") else ""
-PAPERMILL = f"{WITH_THE_STUDY}{PYTHON} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}" + LOGGED
+WITH_THE_STUDY = " ".join(["exec", *WITH_PARENT, PYTHON])
+PAPERMILL = f"{WITH_THE_STUDY} -m papermill --no-progress-bar --log-output {{input.notebook}} {{log}} -y {{params}}" + LOGGED
 MODEL = "-{arch}-{recipe}-s{seed}"
 FIRST = PROFILE.trained()[0]
 # What notebooks make that run once for all models: a record, and 7 gathers all of them.
@@ -144,4 +142,4 @@ rule book:
     output:
         update(f"{RUN}/book/_build/html/index.html"),
     shell:
-        f"{PYTHON} -m helpers.study.book run {NAME}" + LOGGED
+        f"{WITH_THE_STUDY} -m helpers.study.book run {NAME}" + LOGGED

@@ -27,40 +27,48 @@ class NotWritten(StudyError):
     """A file could not be written: no fault of what was to be written, so it ends the work."""
 
 
+UNFINISHED = ".unfinished-"  # folders of files that are being written begin so
+# What the system says when there is no room or no right to write; writers have exceptions of their own, which repeat it.
+NO_ROOM = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)]
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it over `path` once the block has ended without an error.
+    """Yield a path of the same name in a temporary folder beside it; move the file to `path` once the block has ended without an error.
 
-    The temporary name keeps the suffix of `path`, because writers choose a format by it. A failure leaves what stood
-    at `path` untouched. Raises NotWritten when the folder cannot be written or the disk is full.
+    A failure leaves what stood at `path` untouched. Of a process that is killed meanwhile the folder stays, see
+    `remove_unfinished`. Raises NotWritten when the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    aside = None
+    folder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(handle)
-        aside = Path(name)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=UNFINISHED))
+        aside = folder / path.name
         yield aside
-        os.chmod(aside, 0o644)
         os.replace(aside, path)
     except StudyError:
         raise
     except Exception as error:
-        full = (
-            path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20
-        )  # writers have exceptions of their own
-        reading = aside is not None and isinstance(error, FileNotFoundError)  # of what the block needed
-        if reading or (not full and not isinstance(error, OSError)):
+        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20
+        said = next((words for words in NO_ROOM if words in str(error)), None)
+        reading = folder is not None and isinstance(error, FileNotFoundError)  # of what the block needed
+        if reading or not (full or said or isinstance(error, OSError)):
             raise
-        why = "the disk is full" if full else getattr(error, "strerror", None) or error
+        why = "the disk is full" if full else said or getattr(error, "strerror", None) or error
         raise NotWritten(
             f"{path} could not be written ({why}); free some space or choose a place that can be written. "
             "What was there before is unchanged."
         ) from error
     finally:
-        if aside is not None:
-            aside.unlink(missing_ok=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed had not finished writing anywhere in `folder`, in which nobody else writes now."""
+    for unfinished in [*Path(folder).rglob(f"{UNFINISHED}*")]:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def first_line(error: BaseException) -> str:
@@ -93,9 +101,9 @@ def path_given(text: str) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise StudyError now if nothing can be written into `folder` later."""
+    """Raise NotWritten if not even a megabyte can be written into `folder`."""
     with whole_file(Path(folder) / ".writable") as aside:
-        aside.touch()
+        aside.write_bytes(bytes(2**20))
     (Path(folder) / ".writable").unlink(missing_ok=True)
 
 

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TypeVar
 
 import psutil
@@ -40,5 +41,5 @@ def announce(line: str) -> None:
     """Print a line; under `make study` it is shown on its console, too, where the output of notebooks is not."""
     print(line, flush=True)
     if file := os.environ.get(CONSOLE):
-        with open(file, "a") as console:
+        with suppress(OSError), open(file, "a") as console:  # a line less ends no training
             console.write(line + "\n")

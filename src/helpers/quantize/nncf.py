@@ -31,14 +31,10 @@ warnings.filterwarnings("ignore", message='install "ipywidgets" for Jupyter supp
 def save_openvino(model: "openvino.Model", path: Path) -> None:
     """Write an OpenVINO IR: `path` (.xml) and the .bin beside it. Weights keep their type (the default would halve them)."""
     with whole_file(path) as aside:
-        weights = aside.with_suffix(".bin")
-        try:
-            openvino.save_model(model, aside, compress_to_fp16=False)
-            seal(aside)
-            path.unlink(missing_ok=True)  # a graph never stands beside the weights of another one
-            weights.replace(path.with_suffix(".bin"))
-        finally:
-            weights.unlink(missing_ok=True)
+        openvino.save_model(model, aside, compress_to_fp16=False)
+        seal(aside)
+        path.unlink(missing_ok=True)  # a graph never stands beside the weights of another one
+        aside.with_suffix(".bin").replace(path.with_suffix(".bin"))
 
 
 # Where the range of an activation comes from. The first is NNCF's own choice: the mean over images of their extremes.

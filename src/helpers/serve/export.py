@@ -43,7 +43,7 @@ def export_torchscript(model: nn.Module, path: Path) -> None:
     """Script, freeze (weights become constants, so batch norm can be folded) and save a model in eval mode."""
     frozen = torch.jit.freeze(torch.jit.script(model.eval()))
     with whole_file(path) as aside:
-        torch.jit.save(frozen, aside)
+        aside.write_bytes(frozen.save_to_buffer())  # its own writer ends the process when the disk is full (torch 2.14)
 
 
 @refused("PyTorch's ONNX exporter does not write it")
@@ -68,6 +68,7 @@ def export_onnx(model: nn.Module, path: Path, size: int = 32, batch: int = 0) ->
             free = {"dynamic_shapes": None if batch else ANY_BATCH, "opset_version": OPSET}
             program = torch.onnx.export(model, images, dynamo=True, **free, **named)
             for node in program.model.graph:  # which it numbers; weights keep PyTorch's names
+                node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names folders of this machine
                 if node.op_type in ("Conv", "Gemm") and node.inputs[1].name.endswith(".weight"):
                     node.name = node.inputs[1].name.removesuffix(".weight")
             program.save(aside, external_data=False)
@@ -96,7 +97,6 @@ def export_aotinductor(model: nn.Module, path: Path, threads: Sequence[int] = (1
             for count in threads:
                 torch.set_num_threads(count)
                 with whole_file(path if count == threads[-1] else package_for(path, count)) as aside:
-                    aside.unlink()
                     torch._inductor.aoti_compile_and_package(
                         program, package_path=str(aside), inductor_configs=INDUCTOR
                     )

@@ -19,10 +19,10 @@ import pandas as pd
 import papermill
 import yaml
 
-from helpers.files import StudyError, whole_file
+from helpers.files import UNFINISHED, StudyError, whole_file
 from helpers.report import claims, figures, tables
 from helpers.report.results import Results
-from helpers.study.pipeline import NOTEBOOKS, READERS, collect, load_profile, read_notebook
+from helpers.study.pipeline import NOTEBOOKS, READERS, WITH_PARENT, collect, load_profile, read_notebook
 
 PAGES = Path("book")
 README = Path("README.md")
@@ -208,15 +208,21 @@ def _without_dead_links(text: str, folder: Path, book: Path) -> str:
 
 
 def build(book: Path) -> Path:
-    """Build the HTML; every warning is an error. Returns the first page. Raises StudyError with what went wrong."""
+    """Build the HTML, which takes the place of an earlier one when it is whole; every warning is an error. Returns the first page.
+
+    Raises StudyError with what went wrong.
+    """
     only_what_is_there(book)
     jupyter_book = str(Path(sys.executable).parent / "jupyter-book")
-    command = [jupyter_book, "build", str(book), "-W", "-n", "--keep-going", "--quiet"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        lines = f"{result.stdout}\n{result.stderr}".splitlines()
-        said = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-20:]
-        raise StudyError("\n".join([f"{book} could not be built:", *said]))
+    with TemporaryDirectory(dir=book.parent, prefix=UNFINISHED) as folder:
+        command = [*WITH_PARENT, jupyter_book, "build", str(book), "-W", "-n", "--keep-going", "--quiet"]
+        result = subprocess.run([*command, "--path-output", folder], capture_output=True, text=True)
+        if result.returncode:
+            lines = f"{result.stdout}\n{result.stderr}".splitlines()
+            said = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-20:]
+            raise StudyError("\n".join([f"{book} could not be built:", *said]))
+        shutil.rmtree(book / "_build", ignore_errors=True)
+        (Path(folder) / "_build").rename(book / "_build")
     return book / "_build" / "html" / "index.html"
 
 

@@ -157,13 +157,18 @@ def run_pinned() -> Path:
     return Path("runs") / PROFILE
 
 
+def clone_commit(folder: Path) -> None:
+    """Clone the checked-out commit into `folder`, which is empty or missing."""
+    subprocess.run(["git", "clone", "--quiet", ".", str(folder)], check=True)
+
+
 def run_newest(clone: Path = FOLDER / "newest") -> Path:
     """The smoke study in a clone of the checked-out commit whose constraints are empty; it may stop. Returns its run directory.
 
     Raises StudyError when the newest packages cannot be installed.
     """
     shutil.rmtree(clone, ignore_errors=True)
-    subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
+    clone_commit(clone)
     (clone / "constraints.txt").write_text("")
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
     subprocess.run(["make", "study", f"PROFILE={PROFILE}", f"PYTHON={sys.executable}"], cwd=clone, env=environment)

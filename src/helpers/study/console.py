@@ -35,14 +35,14 @@ def mean_minutes(rule: str, profile: Profile) -> float:
 
 
 def cell_that_failed(notebook: Path) -> list[str]:
-    """The last lines that the failed cell of an executed notebook gave, its error last; [] if none failed."""
+    """The last lines that the failed cell of an executed notebook gave, its error last; [] if none failed, or it is not whole."""
     if not notebook.exists():
         return []
-    lines: list[str] = []
     try:
         cells = read_notebook(notebook).cells
-    except StudyError as error:  # it was stopped while it was written
-        return [str(error)]
+    except StudyError:  # papermill was stopped while it wrote, or the disk was full
+        return []
+    lines: list[str] = []
     for cell in cells:
         outputs = cell.get("outputs", [])
         if any(output.output_type == "error" for output in outputs):

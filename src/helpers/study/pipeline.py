@@ -4,6 +4,7 @@ Snakefile, book, README's list and every notebook that needs another one read NO
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ NOTEBOOKS: dict[str, Notebook] = {
     "21_healthy_resnet50": Notebook("none", 10, trains=True, experiment=True, eager_int8=True),
 }
 LEFT_OUT = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.eager_int8 and not LEGACY)
+# A process started so ends with the one that started it, even if that is killed (Linux).
+WITH_PARENT = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
 READERS = tuple(name for name, notebook in NOTEBOOKS.items() if notebook.reads)
 # A profile may leave these out for some of its models: they belong to a model, and no other notebook needs their results.
 OPTIONAL = tuple(n for n, notebook in NOTEBOOKS.items() if notebook.experiment and notebook.models != "none")

@@ -10,14 +10,14 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 from snakemake.cli import main as snakemake
 from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
 
-from helpers.files import StudyError, check_writable
+from helpers.files import StudyError, check_writable, remove_unfinished
 from helpers.progress import CONSOLE
 from helpers.quantize.arms import NO_LEGACY
 from helpers.report import claims, tables
@@ -56,12 +56,14 @@ def run_study(name: str, arguments: list[str]) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StudyError(f"Another study is running in {run}; wait for it, or choose another PROFILE.") from error
+        remove_unfinished(run)
         if LEFT_OUT:
             print(f"{NO_LEGACY} Notebooks left out: {', '.join(LEFT_OUT)}.", flush=True)
         started = time.monotonic()
         with _watched(run) as peak:
             code = _snakemake(name, [*SNAKEMAKE, *_slowest_first(profile, run), *_with_profile(name, arguments)])
         if code:
+            check_writable(run)  # a full disk takes no log either, so it is said here
             print(f"The study stopped; all it printed is in {run / 'study.log'}. The same command goes on from here.")
             return code
         _remove_float_exports(run)
@@ -123,7 +125,8 @@ def _watched(run: Path) -> Iterator[list[int]]:
     finally:
         ended.set()
         watcher.join()
-        announced.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written any more
+            announced.unlink()
         del os.environ[CONSOLE]
 
 
