@@ -1,6 +1,8 @@
 """PTQ by ONNX Runtime's static quantization."""
 
+import io
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,8 @@ def quantize_onnxruntime(
             batch = next(self.batches, None)
             return None if batch is None else {wanted.name: batch.numpy()}
 
-    with whole_file(path) as aside, tempfile.TemporaryDirectory() as folder:
+    chatter = redirect_stdout(io.StringIO())  # its calibrators print what they do
+    with whole_file(path) as aside, tempfile.TemporaryDirectory() as folder, chatter:
         prepared = Path(float_path)
         if pre_process:
             prepared = Path(folder) / "prepared.onnx"

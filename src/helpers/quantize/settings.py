@@ -10,16 +10,14 @@ from typing import Any
 
 from helpers.quantize.nncf import MOST_IMAGES
 from helpers.quantize.ort import UNSIGNED
-
-# What runs the files of each tool.
-TOOLS = {"ort": "onnxruntime", "pt2e": "inductor", "nncf": "openvino"}
+from helpers.report.schema import TOOLS
 
 
 @dataclass(frozen=True)
 class Setting:
     """One way to use a tool. Names are unique.
 
-    tool: of TOOLS. name: the tool and what is changed. code: the line of the tool's own API that sets it; empty for the tool
+    tool: of schema.TOOLS. name: the tool and what is changed. code: the line of the tool's own API that sets it; empty for the tool
     as it comes. arguments: of `quantize_onnxruntime`, `prepare_pt2e` or `quantize_openvino`, in which the tool's own defaults
     must be said where the study's differ. images: how many of the calibration images are used; 0: all. config: of the runtime.
     """
