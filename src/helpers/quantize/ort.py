@@ -1,6 +1,7 @@
 """PTQ by ONNX Runtime's static quantization."""
 
 import io
+import logging
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from helpers.files import refused, whole_file
 from helpers.quantize.ranges import range_of_most
+
+# It recommends pre-processing each time that there was none; whoever leaves it out does so to see what it is worth.
+logging.getLogger().addFilter(lambda record: "pre-processing before quantization" not in record.getMessage())
 
 UNSIGNED = onnxruntime.quantization.QuantType.QUInt8  # what x86 kernels multiply fastest with signed weights
 
