@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from helpers.files import StudyError
+from helpers.quantize.ranges import MostImages
 from helpers.train.models import BasicBlock, Bottleneck, ResidualAdd, ResNet, as_quantizable, calibrate, run_hooked
 
 
@@ -51,28 +52,8 @@ class PercentileObserver(tq.MinMaxObserver):
         return x
 
 
-class ImagePercentileObserver(tq.MinMaxObserver):
-    """The range that holds, at either end, the values of 95 % of the images: what single images have beyond it is clipped.
-
-    An image that is extreme is so in most of its values: leaving out a share of the values does not leave it out.
-    """
-
-    tail = 0.05
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what PyTorch's MinMaxObserver takes."""
-        super().__init__(*args, **kwargs)
-        self.lows: list[Tensor] = []
-        self.highs: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Record the extremes of each image in `x`, [N, ...], and return it."""
-        values = x.detach().float().flatten(1)
-        self.lows.append(values.amin(1))
-        self.highs.append(values.amax(1))
-        self.min_val.copy_(torch.cat(self.lows).quantile(self.tail))
-        self.max_val.copy_(torch.cat(self.highs).quantile(1 - self.tail))
-        return x
+class ImagePercentileObserver(MostImages, tq.MinMaxObserver):
+    """The range that holds, at either end, the values of 95 % of the images."""
 
 
 class AutocastHistogramObserver(tq.HistogramObserver):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.files import StudyError, check_whole, refused, seal, whole_file
+from helpers.quantize.ranges import TAIL
 
 # No telemetry: OpenVINO and NNCF fall back to their silent stubs when this package cannot be imported.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -39,25 +40,55 @@ def save_openvino(model: "openvino.Model", path: Path) -> None:
 
 # Where the range of an activation comes from. The first is NNCF's own choice: the mean over images of their extremes.
 RANGES = ("mean", "minmax", "median")
+# The nearest that NNCF has to `ranges.range_of_most`: the mean over images without the most extreme 5 % of them at either end.
+MOST_IMAGES = "most_images"
 
 
 @refused("NNCF does not quantize it")
-def quantize_openvino(float_path: Path, images: Tensor, path: Path, ranges: str = "mean") -> None:
+def quantize_openvino(
+    float_path: Path,
+    images: Tensor,
+    path: Path,
+    ranges: str = "mean",
+    preset: str = "performance",
+    bias_correction: str = "fast",
+    smooth_quant: bool = True,
+    overflow_fix: str = "",
+) -> None:
     """Quantize a float IR with NNCF's post-training quantization, calibrated on `images`, float32 [N, 3, H, W], normalised.
 
-    ranges: one of RANGES: the mean or the median over images of an activation's smallest and largest value, or the extremes
-    of all images. Raises StudyError with what NNCF said when it fails.
+    The defaults are NNCF's own. ranges: one of RANGES or MOST_IMAGES: the mean or the median over images of an activation's
+    smallest and largest value, or the extremes of all images. preset: performance (activations symmetric) or mixed (they
+    have a zero-point). bias_correction: fast, accurate or none. smooth_quant: of matrix products. overflow_fix: whose weights
+    get 7 bits, so that 16-bit sums do not saturate on CPUs without VNNI: enable (all), disable (none), or empty for NNCF's own
+    choice, the first layer's. Raises StudyError with what NNCF said when it fails.
     """
     check_whole(float_path)
     model = openvino.Core().read_model(float_path)
     calibration = nncf.Dataset([image.unsqueeze(0).numpy() for image in images])
-    advanced = None
+    advanced = nncf.AdvancedQuantizationParameters(
+        overflow_fix=nncf.OverflowFix(overflow_fix) if overflow_fix else None,
+        disable_bias_correction=bias_correction == "none",
+    )
     if ranges != RANGES[0]:
-        estimators = nncf.quantization.range_estimator.RangeEstimatorParametersSet
-        estimator = {"minmax": estimators.MINMAX, "median": estimators.MEDIAN_MINMAX}[ranges]
-        advanced = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=estimator)
-    quantized = nncf.quantize(model, calibration, subset_size=len(images), advanced_parameters=advanced)
+        advanced.activations_range_estimator_params = _range_estimator(ranges)
+    if not smooth_quant:
+        advanced.smooth_quant_alphas.matmul = -1
+    options = {"preset": nncf.QuantizationPreset(preset), "fast_bias_correction": bias_correction != "accurate"}
+    quantized = nncf.quantize(model, calibration, subset_size=len(images), advanced_parameters=advanced, **options)
     save_openvino(quantized, path)
+
+
+def _range_estimator(ranges: str) -> "nncf.quantization.range_estimator.RangeEstimatorParameters":
+    estimators = nncf.quantization.range_estimator
+    if ranges != MOST_IMAGES:
+        known = estimators.RangeEstimatorParametersSet
+        return {"minmax": known.MINMAX, "median": known.MEDIAN_MINMAX}[ranges]
+    kept = {"aggregator_type": estimators.AggregatorType.MEAN_NO_OUTLIERS, "quantile_outlier_prob": TAIL}
+    ends = (estimators.StatisticsType.MIN, estimators.StatisticsType.MAX)
+    return estimators.RangeEstimatorParameters(
+        *(estimators.StatisticsCollectorParameters(statistics_type=end, **kept) for end in ends)
+    )
 
 
 @refused("NNCF's accuracy control does not quantize it")

@@ -7,11 +7,13 @@ Source: https://docs.pytorch.org/ao/stable/pt2e_quantization/index.html
 import copy
 import logging
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from helpers.files import StudyError
+from helpers.quantize.ranges import MostImages
 from helpers.train.models import ANY_BATCH
 
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers an enum the old way
@@ -21,6 +23,7 @@ warnings.filterwarnings("ignore", message="To copy construct from a tensor", mod
 # A graph has its mode built in; the flag that the ONNX exporter looks at says nothing about it.
 warnings.filterwarnings("ignore", message="Exporting a model while it is in training mode")
 import torchao.quantization.pt2e as _pt2e  # noqa: E402
+from torchao.quantization.pt2e import observer as _observer  # noqa: E402
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e as _convert  # noqa: E402
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e as _prepare  # noqa: E402
 from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e as _prepare_qat  # noqa: E402
@@ -40,22 +43,42 @@ def export_graph(model: nn.Module, size: int = 32, batch: int = 0) -> nn.Module:
     return _pt2e.allow_exported_model_train_eval(graph)
 
 
-def prepare_pt2e(model: nn.Module, size: int = 32, batch: int = 0) -> nn.Module:
+class ImagePercentileObserver(MostImages, _observer.MinMaxObserver):
+    """The range that holds, at either end, the values of 95 % of the images."""
+
+
+# Where the range of an activation comes from. The first is the quantizer's own choice.
+OBSERVERS: dict[str, type[nn.Module]] = {
+    "histogram": _observer.HistogramObserver,
+    "minmax": _observer.MinMaxObserver,
+    "most_images": ImagePercentileObserver,
+}
+
+
+def prepare_pt2e(
+    model: nn.Module,
+    size: int = 32,
+    batch: int = 0,
+    observer: str = "histogram",
+    per_channel: bool = True,
+    reduce_range: bool = False,
+) -> nn.Module:
     """Export a float model and put observers where X86InductorQuantizer wants INT8; calibrate it, then `convert_pt2e`.
 
     Weights per channel, activations by histogram: the quantizer's own defaults, with the full range of 8 bits. size, batch:
-    see `export_graph`.
+    see `export_graph`. observer: one of OBSERVERS, of activations. per_channel: a scale for each output channel of the
+    weights, else one a layer. reduce_range: activations of 7 bits.
     """
     model.eval()  # whose answer is None for a graph
     graph = export_graph(model, size, batch)
     _calls_apart(graph)
-    graph = _prepare(graph, _quantizer(is_qat=False))
+    graph = _prepare(graph, _quantizer(False, observer, per_channel, reduce_range))
     return _pt2e.allow_exported_model_train_eval(graph)
 
 
 def prepare_qat_pt2e(model: nn.Module) -> nn.Module:
     """The same for QAT: FakeQuantize modules around live batch norm; train it, then `convert_pt2e`."""
-    graph = _prepare_qat(export_graph(copy.deepcopy(model).train()), _quantizer(is_qat=True))
+    graph = _prepare_qat(export_graph(copy.deepcopy(model).train()), _quantizer(True))
     return _pt2e.allow_exported_model_train_eval(graph)
 
 
@@ -89,8 +112,18 @@ def rebuild(model: nn.Module, form: str) -> nn.Module:
     return prepare_pt2e(model) if form == FORMS[0] else prepare_qat_pt2e(model)
 
 
-def _quantizer(is_qat: bool) -> _x86.X86InductorQuantizer:
-    config = _x86.get_default_x86_inductor_quantization_config(is_qat=is_qat)
+def _quantizer(
+    is_qat: bool, observer: str = "histogram", per_channel: bool = True, reduce_range: bool = False
+) -> _x86.X86InductorQuantizer:
+    config = _x86.get_default_x86_inductor_quantization_config(is_qat=is_qat, reduce_range=reduce_range)
+    activations, weights = config.input_activation, config.weight
+    if observer != "histogram":
+        activations = replace(activations, observer_or_fake_quant_ctr=OBSERVERS[observer].with_args(eps=2**-12))
+    if not per_channel:
+        rule = _observer.MinMaxObserver.with_args(eps=2**-12)
+        per_tensor = {"qscheme": torch.per_tensor_symmetric, "ch_axis": None, "observer_or_fake_quant_ctr": rule}
+        weights = replace(weights, **per_tensor)
+    config = replace(config, input_activation=activations, output_activation=activations, weight=weights)
     return _x86.X86InductorQuantizer().set_global(config)
 
 

@@ -120,6 +120,11 @@ RUNTIMES: dict[str, str] = {
     "openvino_bf16": "OpenVINO, bfloat16",
     "simulated": "simulated",
 }
+TOOLS = {
+    "ort": "onnxruntime",
+    "pt2e": "inductor",
+    "nncf": "openvino",
+}  # tools that quantize, and what runs what they make
 ENOUGH = 100  # requests, the least for a 99th percentile
 PYTORCH = ("eager", "torchscript", "inductor", "aotinductor")  # runtimes that need nothing but PyTorch
 DEPRECATED_RUNTIMES = ("torchscript",)

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from helpers.files import NotWritten, StudyError, check_whole, refused, seal, wh
 from helpers.quantize.arms import state_bytes
 from helpers.quantize.nncf import quantize_openvino
 from helpers.quantize.ort import UNSIGNED, quantize_onnxruntime
+from helpers.quantize.settings import Setting
 from helpers.report.stats import speedup_interval
 from helpers.serve.export import artifact_bytes, convert_to_openvino, export_onnx
 from helpers.serve.foreign import Foreign
@@ -38,13 +39,17 @@ Timed = tuple[str, str, int, int, str]  # arm, runtime, threads, batch and pace
 
 @dataclass
 class Candidate:
-    """One way to serve a model. path or module: what is run; reason: why it cannot be had, empty where it can."""
+    """One way to serve a model. path or module: what is run; reason: why it cannot be had, empty where it can.
+
+    config: settings of the runtime, OpenVINO's or Inductor's, that are not the study's own.
+    """
 
     arm: str
     runtime: str
     path: Path | None = None
     module: nn.Module | None = None
     reason: str = ""
+    config: Mapping[str, object] = field(default_factory=dict)
     _loaded: dict[int, Predictor] = field(default_factory=dict, repr=False)
 
     @property
@@ -62,9 +67,9 @@ class Candidate:
 
     def _load(self, threads: int) -> Predictor:
         if self.path:
-            return load_predictor(self.path, self.runtime, threads)
+            return load_predictor(self.path, self.runtime, threads, **self.config)
         if self.runtime == "inductor":
-            return inductor_predictor(self.module)
+            return inductor_predictor(self.module, **self.config)
         return _channels_last(self.module) if self.runtime == "eager_channels_last" else module_predictor(self.module)
 
     def first_call(self, images: np.ndarray, threads: int) -> float:
@@ -91,14 +96,39 @@ def make_candidate(arm: str, runtime: str, model: Foreign, folder: Path, images:
     images: float32 [N, 3, H, W], normalised, for the calibration of INT8. What a tool refuses comes back with its reason; a
     file that cannot be written raises NotWritten.
     """
+    if runtime in _OF_PYTORCH:
+        return _kept(Candidate(arm, runtime), module=lambda: _OF_PYTORCH[runtime](arm, model, images))
+    return _kept(Candidate(arm, runtime), path=lambda: _OF_FILES[arm, runtime](model, folder, images))
+
+
+def make_setting(setting: Setting, model: Foreign, folder: Path, images: Tensor) -> Candidate:
+    """Make what one of SETTINGS says, as `make_candidate` does; settings that differ in `config` only share a file."""
+    candidate = Candidate(setting.name, setting.runtime, config=setting.config)
+    if setting.runtime == "inductor":
+        return _kept(candidate, module=lambda: _graph(setting.name, model, images, **setting.arguments))
+    quantize, suffix = {
+        "onnxruntime": (quantize_onnxruntime, ".onnx"),
+        "openvino": (quantize_openvino, ".xml"),
+    }[setting.runtime]
+    path = folder / f"{setting.file_name}{suffix}"
+
+    def made() -> Path:
+        of = float_onnx(model, folder) if suffix == ".onnx" else float_openvino(model, folder)
+        if not path.exists():
+            quantize(of, images[: setting.images or None], path, **setting.arguments)
+        return path
+
+    return _kept(candidate, path=made)
+
+
+def _kept(candidate: Candidate, **make: Callable[[], Any]) -> Candidate:
+    """The candidate with what `make` makes of it, path or module, or with the reason why that was refused."""
     try:
-        if runtime in _OF_PYTORCH:
-            return Candidate(arm, runtime, module=_OF_PYTORCH[runtime](arm, model, images))
-        return Candidate(arm, runtime, path=_OF_FILES[arm, runtime](model, folder, images))
+        return replace(candidate, **{name: made() for name, made in make.items()})
     except NotWritten:
         raise
     except StudyError as error:
-        return Candidate(arm, runtime, reason=str(error))
+        return replace(candidate, reason=str(error))
 
 
 def float_onnx(model: Foreign, folder: Path) -> Path:
@@ -166,13 +196,13 @@ def _eager(_: str, model: Foreign, __: Tensor) -> nn.Module:
 
 
 @refused("PyTorch does not export or quantize it")
-def _graph(arm: str, model: Foreign, images: Tensor) -> nn.Module:
+def _graph(arm: str, model: Foreign, images: Tensor, **arguments: Any) -> nn.Module:
     from helpers.quantize import pt2e  # with torchao it takes seconds to import
 
     module = _module(model)
     if arm == "fp32":
         return pt2e.export_graph(module, model.size, model.batch)
-    prepared = pt2e.prepare_pt2e(module, model.size, model.batch)
+    prepared = pt2e.prepare_pt2e(module, model.size, model.batch, **arguments)
     calibrate(prepared, images, model.batch or 16)
     return pt2e.convert_pt2e(prepared)
 

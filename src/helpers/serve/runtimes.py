@@ -26,12 +26,12 @@ RUNTIMES = tuple(SUFFIXES)
 ONE_IMAGE_A_CALL = ("aotinductor",)
 
 
-def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fbgemm") -> Predictor:
+def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fbgemm", **config: object) -> Predictor:
     """Load a model file into a runtime: f(images float32 [N, 3, 32, 32]) -> logits float32 [N, 10], numpy arrays.
 
     threads: of this runtime, 0 for its own default; PyTorch's count holds for the whole process, so load together what
     shares a count. engine: whose INT8 kernels eager and TorchScript use. OpenVINO computes in float32 where the model is
-    float, also where the CPU has bfloat16, and `openvino_bf16` asks for that. Shapes are fixed inside: the first call with a
+    float, also where the CPU has bfloat16, and `openvino_bf16` asks for that. config: more of OpenVINO's properties. Shapes are fixed inside: the first call with a
     new N compiles for it. What is in ONE_IMAGE_A_CALL answers a batch image by image: not to be timed beside batches.
     Raises StudyError for an unknown runtime, or a file that is missing or that the runtime cannot read.
     """
@@ -51,7 +51,7 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
             return inductor_predictor(load_arm(path))
         if runtime == "aotinductor":
             return _aotinductor(path, threads or torch.get_num_threads())
-        return _onnxruntime(path, threads) if runtime == "onnxruntime" else _openvino(path, threads, runtime)
+        return _onnxruntime(path, threads) if runtime == "onnxruntime" else _openvino(path, threads, runtime, **config)
     except StudyError:
         raise
     except Exception as error:  # each runtime has its own exceptions for a file it cannot read
@@ -60,9 +60,10 @@ def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fb
         ) from error
 
 
-def inductor_predictor(model: nn.Module) -> Predictor:
-    """Compile a float model, or a graph (of `pt2e`, or exported for other images than 32x32), in its first call.
+def inductor_predictor(model: nn.Module, **config: object) -> Predictor:
+    """Compile a float model, or a graph (of `pt2e`, or exported for other images than 32x32), in its first call of each batch.
 
+    config: settings of `torch._inductor.config` beside export.INDUCTOR. What is compiled later has the process's own again.
     Raises StudyError for eager-mode INT8, and in the first call when Inductor fails.
     """
     if is_eager_int8(model):
@@ -73,14 +74,17 @@ def inductor_predictor(model: nn.Module) -> Predictor:
 
     # A graph has compiled code of its own; instances of one class would share theirs, and Dynamo gives up after a few.
     graph = model if isinstance(model, torch.fx.GraphModule) else export_graph(model)
-    torch._inductor.config.load_config(
-        torch._inductor.config.get_config_copy() | INDUCTOR
-    )  # `options` come too late to freeze
     compiled = module_predictor(torch.compile(graph, dynamic=False))
+    compiled_for: set[int] = set()
 
     def predictor(images: np.ndarray) -> np.ndarray:
-        with refused("Inductor does not compile it"):
+        if len(images) in compiled_for:
             return compiled(images)
+        settings = torch._inductor.config.patch(INDUCTOR | config)  # `options` of torch.compile come too late to freeze
+        with refused("Inductor does not compile it"), settings:
+            answer = compiled(images)
+        compiled_for.add(len(images))
+        return answer
 
     return predictor
 
@@ -104,7 +108,7 @@ def _onnxruntime(path: Path, threads: int) -> Predictor:
     return lambda images: session.run(None, {name: images})[0]
 
 
-def _openvino(path: Path, threads: int, runtime: str) -> Predictor:
+def _openvino(path: Path, threads: int, runtime: str, **config: object) -> Predictor:
     model = read_openvino(path)
     if runtime == "openvino_bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise StudyError("This CPU has no bfloat16 instructions; OpenVINO would compute in float32 instead.")
@@ -113,7 +117,7 @@ def _openvino(path: Path, threads: int, runtime: str) -> Predictor:
     def predictor(images: np.ndarray) -> np.ndarray:
         n = len(images)
         if n not in of_size:
-            of_size[n] = openvino_predictor(compile_openvino(model, n, threads, runtime))
+            of_size[n] = openvino_predictor(compile_openvino(model, n, threads, runtime, **config))
         return of_size[n](images)
 
     return predictor

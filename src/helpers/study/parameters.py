@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from helpers.files import StudyError, check_writable
 from helpers.quantize.arms import ENGINES, LEGACY, NO_LEGACY, QCONFIG_NAMES
-from helpers.report.schema import ARMS
+from helpers.report.schema import ARMS, TOOLS
 from helpers.serve.load import SERVED
 from helpers.train.data import DATA_NAMES
 from helpers.train.models import ARCHS
@@ -115,6 +115,7 @@ PARAMETERS: dict[str, Any] = {
     "first_calls": bool,
     "cores": _at_most("threads"),
     "served": Annotated[list[Literal[*SERVED]], Field(min_length=1)],
+    "tools": Annotated[list[Literal[*TOOLS]], Field(min_length=1)],
     "shares": Annotated[list[_more_than_0("share")], Field(min_length=1)],
     "seconds": _more_than_0("seconds"),
     "limit_ms": Annotated[float, Field(gt=0, le=1000 * LARGEST["seconds"], allow_inf_nan=False)],

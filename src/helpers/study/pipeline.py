@@ -79,6 +79,7 @@ NOTEBOOKS: dict[str, Notebook] = {
     "16_what_accuracy_hides": Notebook("first", 1, ("04_jit", "05_onnx_openvino"), experiment=True, eager_int8=True),
     "17_load": Notebook("none", 5, alone=True, experiment=True),
     "18_this_machine": Notebook("none", 3, alone=True, experiment=True),
+    "19_settings": Notebook("timed", 8, ("01_train",), alone=True, experiment=True),
     "20_recipes": Notebook("none", 8, ("03_qat",), trains=True, experiment=True, eager_int8=True),
     "21_healthy_resnet50": Notebook("none", 10, trains=True, experiment=True, eager_int8=True),
 }
