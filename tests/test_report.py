@@ -18,6 +18,9 @@ def first(correct):
     return np.arange(IMAGES) < correct
 
 
+RUN = {"data": {"name": "d"}, "commit": "c", "date": "2026-01-01", "parameters": {}, "versions": {}}
+
+
 class Study:
     """A results folder made by hand: rows of the tables, and the arrays of one run a seed."""
 
@@ -41,7 +44,7 @@ class Study:
             {**ARCH, "arm": arm, "runtime": runtime, "seed": seed, "parameters": 1, "weight_bytes": 1}
             | {"artifact_bytes": 1_000_000, "run_id": run_id}
         )
-        self.runs[run_id] = {"notebook": "01_train", "data": {"name": "d"}, "commit": "c", "parameters": {}}
+        self.runs[run_id] = {"notebook": "01_train", **RUN}
         if not training:
             arrays = self.arrays.setdefault(run_id, {"truth": np.ones(IMAGES, np.uint8)})
             arrays[prediction_key(arm, runtime)] = right.astype(np.uint8)
@@ -54,7 +57,7 @@ class Study:
         self.rows["latency"].append(row | {"machine": machine, "run_id": run_id})
         if kept:
             self.arrays.setdefault(run_id, {})[times_key(row)] = np.asarray(ms, float)
-        self.runs[run_id] = {"notebook": "06_benchmark", "data": {"name": "d"}, "commit": "c", "parameters": {}}
+        self.runs[run_id] = {"notebook": "06_benchmark", **RUN}
 
     def open(self):
         (self.folder / "predictions").mkdir(parents=True, exist_ok=True)
@@ -219,7 +222,7 @@ def test_an_arm_that_is_not_described_ends_in_a_sentence():
 def test_models_of_two_data_sets_end_in_a_sentence(study):
     study.score("fp32", "eager", first(300))
     study.score("fp32", "eager", first(300), seed=1)
-    study.runs["01_train-resnet18-tuned-s1"]["data"]["name"] = "e"
+    study.runs["01_train-resnet18-tuned-s1"]["data"] = {"name": "e"}
     with pytest.raises(StudyError, match="trained on d and e"):
         _ = study.open().scores
 

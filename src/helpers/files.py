@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -107,12 +108,11 @@ def check_writable(folder: Path) -> None:
     (Path(folder) / ".writable").unlink(missing_ok=True)
 
 
-# Where a file of each format says its own CRC-32. Those that other tools write anew lose it: it is what the study wrote.
-_SEAL_STANDS = {".json": (0, 64), ".safetensors": (0, 4096), ".onnx": (0, 32), ".xml": (-64, None)}
+# Within how many bytes of its start (an IR: of its end) a file of each format says its own CRC-32. What another tool writes
+# anew says none there.
+_SEAL_WITHIN = {".json": 64, ".safetensors": 4096, ".onnx": 32, ".xml": 64}
 _SEAL = re.compile(rb"crc32\W{1,5}([0-9a-f]{8})")
 UNSEALED = {"crc32": "00000000"}  # what a writer of JSON or safetensors puts in, for `seal` to fill
-# Of the others: an entry of metadata_props as protobuf writes it, before the rest of an ONNX file; a comment behind an IR.
-_SEALS = {".onnx": b"r\x11\n\x05crc32\x12\x0800000000", ".xml": b"\n<!-- crc32 00000000 -->\n"}
 _ZIPS = (".npz", ".pt", ".pt2")
 
 
@@ -121,10 +121,17 @@ def seal(path: Path) -> None:
 
     path: .json or .safetensors with UNSEALED in it, an ONNX file, or an OpenVINO IR (.xml), of which the .bin counts, too.
     """
-    content = path.read_bytes()
-    content = _SEALS[".onnx"] + content if path.suffix == ".onnx" else content + _SEALS.get(path.suffix, b"")
-    at = _seal_of(path, content).start(1)
-    path.write_bytes(content[:at] + b"%08x" % _crc32(path, content, at) + content[at + 8 :])
+    if (
+        path.suffix == ".onnx"
+    ):  # an entry of metadata_props as protobuf writes it, where protobuf itself never puts it: first
+        path.write_bytes(b"r\x11\n\x05crc32\x12\x0800000000" + path.read_bytes())
+    if path.suffix == ".xml":
+        path.write_bytes(path.read_bytes() + b"\n<!-- crc32 00000000 -->\n")
+    at, _ = _sealed(path)
+    found = _crc32(path, at)
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(b"%08x" % found)
 
 
 def check_whole(path: Path) -> None:
@@ -148,29 +155,43 @@ def check_whole(path: Path) -> None:
 def _check_whole(path: Path, size: int, changed_ns: int) -> None:
     if path.suffix in _ZIPS:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            file.seek(
-                -22, os.SEEK_END
-            )  # the record that ends an archive; its count is one that Python does not look at
-            count = int.from_bytes(file.read()[10:12], "little")
             broken = archive.testzip()
+            file.seek(-22, os.SEEK_END)  # to the record that ends an archive: Python does not look at its count
+            count = int.from_bytes(file.read()[10:12], "little")
         if broken or count != len(archive.namelist()):
             raise StudyError(f"{path} is damaged (in {broken or 'its table of contents'!r}); make it again.")
-    elif path.suffix in _SEAL_STANDS:
-        content = path.read_bytes()
-        found = _seal_of(path, content)
-        if found and int(found[1], 16) != _crc32(path, content, found.start(1)):
+    elif path.suffix in _SEAL_WITHIN:
+        at, said = _sealed(path)
+        if at and said != _crc32(path, at):
             raise StudyError(f"{path} is damaged or was changed (its CRC-32 is not what it says); make it again.")
 
 
-def _seal_of(path: Path, content: bytes) -> re.Match[bytes] | None:
-    first, last = _SEAL_STANDS[path.suffix]
-    return _SEAL.search(content, max(0, len(content) + first) if first < 0 else first, last or len(content))
+def _sealed(path: Path) -> tuple[int, int]:
+    """Where the eight digits of a file's CRC-32 begin, and their value; (0, 0) where it says none."""
+    within = _SEAL_WITHIN[path.suffix]
+    first = max(0, path.stat().st_size - within) if path.suffix == ".xml" else 0
+    with path.open("rb") as file:
+        file.seek(first)
+        found = _SEAL.search(file.read(within))
+    return (first + found.start(1), int(found[1], 16)) if found else (0, 0)
 
 
-def _crc32(path: Path, content: bytes, at: int) -> int:
-    """Of a file with zeros for the eight digits at `at`, and of the weights beside an IR."""
-    found = zlib.crc32(memoryview(content)[at + 8 :], zlib.crc32(b"00000000", zlib.crc32(memoryview(content)[:at])))
-    return zlib.crc32(path.with_suffix(".bin").read_bytes(), found) if path.suffix == ".xml" else found
+def _crc32(path: Path, at: int) -> int:
+    """Of a file with zeros for the eight digits at `at`, and of the weights beside an IR; a piece at a time, to take no memory."""
+    with path.open("rb") as file:
+        found = zlib.crc32(b"00000000", zlib.crc32(file.read(at)))
+        file.seek(at + 8)
+        found = _crc32_of_rest(file, found)
+    if path.suffix == ".xml":
+        with path.with_suffix(".bin").open("rb") as weights:
+            found = _crc32_of_rest(weights, found)
+    return found
+
+
+def _crc32_of_rest(file: BinaryIO, found: int) -> int:
+    while piece := file.read(2**20):
+        found = zlib.crc32(piece, found)
+    return found
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

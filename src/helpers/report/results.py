@@ -98,7 +98,9 @@ class Results:
     @cached_property
     def data(self) -> str:
         """Name of the data that the models were trained on; empty without a training. Raises StudyError for several."""
-        names = sorted({run["data"]["name"] for run in self.runs.values() if run["notebook"] == "01_train"})
+        names = sorted(
+            {run["data"]["name"] for run in self.runs.values() if run["notebook"] == "01_train" and run["data"]}
+        )
         if len(names) > 1:
             raise StudyError(f"The models were trained on {' and '.join(names)}; keep the records of one data set.")
         return names[0] if names else ""
@@ -446,7 +448,8 @@ def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
 def check_run(run_id: str, run: Any) -> None:
     """Raise StudyError if `run` does not say how a run came to be, as `records.save_record` does."""
     kinds = {"notebook": str, "parameters": dict, "commit": str, "date": str, "data": dict | None, "versions": dict}
-    if not isinstance(run, dict) or not all(isinstance(run.get(key, ...), kind) for key, kind in kinds.items()):
+    whole = isinstance(run, dict) and all(isinstance(run.get(key, ...), kind) for key, kind in kinds.items())
+    if not whole or not isinstance((run["data"] or {"name": ""}).get("name"), str):
         raise StudyError(f"{run_id} does not say how it came to be ({', '.join(kinds)}); run its notebook again.")
 
 
