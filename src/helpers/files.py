@@ -46,10 +46,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     except Exception as error:
         full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20
         said = next((words for words in NO_ROOM if words in str(error)), None)
-        reading = (
+        needed = (
             isinstance(error, FileNotFoundError) and folder is not None and folder.exists()
-        )  # what the block needed
-        if reading or not (full or said or isinstance(error, OSError)):
+        )  # to be read, not written
+        if needed or not (full or said or isinstance(error, OSError)):
             raise
         why = "the disk is full" if full else said or getattr(error, "strerror", None) or error
         raise NotWritten(
