@@ -177,6 +177,11 @@ def test_a_difference_is_named_and_times_are_none(one, tmp_path, change, said):
     assert soak.differences(one, other) == ["records/stray is in one of them only", *said]
 
 
+def test_how_often_to_kill_is_a_whole_number():
+    with pytest.raises(StudyError, match="allowed is nothing, or how often to kill the study"):
+        soak._command(["often"])
+
+
 def test_moments_are_all_over_the_study_and_know_the_notebook_that_ran():
     begun = {"01_train": 5.0, "02_ptq": 50.0}
     drawn = soak.moments(begun, 100.0, 20, np.random.default_rng(0))

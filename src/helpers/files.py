@@ -53,8 +53,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     except Exception as error:
         full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20
         said = next((words for words in NO_ROOM if words in str(error)), None)
-        reading = folder is not None and isinstance(error, FileNotFoundError)  # of what the block needed
-        if reading or not (full or said or isinstance(error, OSError)):
+        # What the block wanted to read is missing, and not the folder that it writes into.
+        unread = isinstance(error, FileNotFoundError) and folder is not None and folder.exists()
+        if unread or not (full or said or isinstance(error, OSError)):
             raise
         why = "the disk is full" if full else said or getattr(error, "strerror", None) or error
         raise NotWritten(

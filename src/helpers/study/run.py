@@ -42,7 +42,8 @@ def run_study(name: str, arguments: list[str]) -> int:
     """Run the profile called `name`; returns Snakemake's exit code, 0 when the book is there.
 
     Snakemake runs in this process, which holds the lock: neither outlives the other. Raises StudyError before any work
-    starts for a bad profile, missing data or published weights, a run directory that cannot be written, or one that another study is working in.
+    starts for a bad profile, missing data or published weights, a run directory that cannot be written, or one that another study is working in;
+    and NotWritten when the study stopped and nothing can be written there any more.
     """
     profile = load_profile(name)
     data = profile.common.get("data", "digits")
