@@ -71,6 +71,7 @@ SETTINGS = (
     _inductor("pt2e freezing", "torch._inductor.config.freezing = True"),
     _inductor("pt2e freezing, C++ wrapper", "torch._inductor.config.cpp_wrapper = True", {"cpp_wrapper": True}),
     _inductor("pt2e freezing, max autotune", "torch._inductor.config.max_autotune = True", {"max_autotune": True}),
+    _inductor("pt2e freezing, no asserts", "torch._inductor.config.size_asserts = False", {"size_asserts": False}),
     _inductor("pt2e freezing, min-max", "observer_or_fake_quant_ctr=MinMaxObserver", observer="minmax"),
     _inductor("pt2e freezing, most images", "observer_or_fake_quant_ctr=an observer", observer="most_images"),
     _inductor("pt2e freezing, reduce range", "get_default_x86_...(reduce_range=True)", reduce_range=True),
