@@ -140,6 +140,11 @@ def _whole_cores(quota: float) -> int:
     return max(1, int(quota))
 
 
+def sums_saturate(isa: Sequence[str]) -> bool:
+    """Whether a CPU adds products of 8-bit numbers in 16 bits, which may overflow: x86 without VNNI. isa: as in `machine_facts`."""
+    return "avx2" in isa and not {"avx512_vnni", "avx_vnni"} & set(isa)
+
+
 def instructions(isa: Sequence[str]) -> str:
     """Name of the best INT8 instructions of a machine, see INSTRUCTIONS; empty without any. isa: as in `machine_facts`."""
     return next((name for flag, name in INSTRUCTIONS.items() if flag in isa), "")

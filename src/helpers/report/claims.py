@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers.report.results import MARGIN, Difference, NotMeasured, Results, Row
+from helpers.machine import sums_saturate
+from helpers.report.results import MARGIN, Difference, NotMeasured, Results, Row, difference
 from helpers.report.schema import ARCH_LABELS, RANDOM, RUNTIMES, arm_facts
 from helpers.report.stats import SAME_WORK, Ratio, wilson_interval
 
@@ -739,6 +740,50 @@ def _keep_warm(results: Results) -> list[Evidence]:
     return found
 
 
+def _saturation(results: Results) -> list[Evidence]:
+    """Settings of notebook 19 with all 8 bits, and with 7 for weights or activations, in points over FP32 in the same runtime."""
+    run_id, right = results.setting_answers("resnet18")
+    if not sums_saturate(results.runs[run_id]["isa"]):
+        raise NotMeasured("8-bit products do not saturate on this CPU")
+    latency = results.tables["yours_latency"]
+    machine = latency[latency.run_id == run_id].machine.iloc[0]
+    found = []
+    for bits, bounds in ((8, {"most": -4}), (7, {"least": -HALF_A_POINT})):
+        for setting, runtime in OF_BITS[bits].items():
+            if {(setting, runtime), ("fp32", runtime)} - right.keys():
+                raise NotMeasured(f"{setting} was not measured")
+            of = difference(right[setting, runtime], right["fp32", runtime])
+            what = f"ResNet18: {setting} ({bits} bits) minus FP32"
+            status = _within(of.low, of.high, **bounds)
+            found.append(Evidence(what, of.points, of.low, of.high, POINTS, status, of.n, 1, machine, (run_id,)))
+    return found
+
+
+OF_BITS = {
+    8: {"ort U8, per channel": "onnxruntime", "pt2e freezing": "inductor", "nncf 8-bit weights": "openvino"},
+    7: {
+        "ort U8, per channel, reduce range": "onnxruntime",
+        "pt2e freezing, reduce range": "inductor",
+        "nncf 7-bit weights": "openvino",
+    },
+}
+
+
+def _pt2e_freezing(results: Results) -> list[Evidence]:
+    """Layers that Inductor executes in INT8, as PT2E's file comes and with frozen weights."""
+    of = results.tables["yours"]
+    of = of[of.run_id.str.startswith("19_settings-") & (of.reason == "")]
+    found = []
+    for setting, share in (("pt2e default", 0), ("pt2e freezing", 1)):
+        for row in of[of.arm == setting].to_dict("records"):
+            in_int8, status = row["int8_layers"] * row["layers"], "holds" if row["int8_layers"] == share else "fails"
+            what = f"{_label(row['model'])}: {setting}, layers in INT8 of {row['layers']}"
+            found.append(Evidence(what, in_int8, np.nan, np.nan, "layers", status, 0, 1, "", (row["run_id"],)))
+    if not found:
+        raise NotMeasured("the settings were not compared")
+    return found
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         "runtime-alone",
@@ -975,6 +1020,19 @@ CLAIMS: tuple[Claim, ...] = (
         "One image a call, INT8 by NNCF in OpenVINO takes less than 2x the floor that the machine's arithmetic and reading speed set; in batches of 64 more than 2x.",
         ("1", "2", "64"),
         _floor,
+    ),
+    Claim(
+        "saturation",
+        "On a CPU without VNNI, all 8 bits of weights and activations cost ResNet18 more than 4 points, and 7 bits of either less than half a "
+        "point: ONNX Runtime (weights per channel), PT2E in Inductor, and NNCF in OpenVINO.",
+        ("8", "4", "7"),
+        _saturation,
+    ),
+    Claim(
+        "pt2e-freezing",
+        "Inductor runs no layer of a PT2E model in INT8 as it comes, and every layer when it freezes the weights.",
+        (),
+        _pt2e_freezing,
     ),
     Claim(
         "load-capacity",

@@ -283,6 +283,18 @@ class Results:
             raise NotMeasured(f"no answers of {_name(row)} were kept")
         return right
 
+    def setting_answers(self, arch: str) -> tuple[str, dict[tuple[str, str], np.ndarray]]:
+        """Notebook 19's run_id, and which test images each setting got right: (name, runtime) -> bool [1, n]. Raises NotMeasured."""
+        run_id = run_name("19_settings", arch, self.recipe, 0)
+        stored = self._stored(run_id)
+        of = self.tables["yours"]
+        served = of[(of.run_id == run_id) & (of.reason == "")][["arm", "runtime"]].itertuples(index=False, name=None)
+        truth = self._truth({"arch": arch, "recipe": self.recipe}, 0)
+        if not stored or truth is None:
+            raise NotMeasured("the settings were not compared")
+        keys = {way: stored[prediction_key(*way)] for way in served}
+        return run_id, {way: (classes == truth[: len(classes)])[None] for way, classes in keys.items()}
+
     def compare(self, a: Row, b: Row, seeds: Iterable[int] = ()) -> Difference:
         """Accuracy of `a` minus that of `b`, image by image on the seeds that both have, or on `seeds`. Raises NotMeasured."""
         key = (_key(a), _key(b), tuple(seeds))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
+from helpers.machine import machine_facts, sums_saturate
 from helpers.serve.foreign import Foreign
 
 # By what the model is: `model`, a module in eval mode; of an ONNX file only the path is needed.
@@ -124,7 +125,7 @@ class Reader(CalibrationDataReader):
 
 quant_pre_process("$onnx", "prepared.onnx")
 types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-quantize_static("prepared.onnx", "model-int8.onnx", Reader(), QuantFormat.QDQ, per_channel=True, **types)
+quantize_static("prepared.onnx", "model-int8.onnx", Reader(), QuantFormat.QDQ, per_channel=True, **types, $reduced)
 """
         + _RUN_ONNXRUNTIME,
     ),
@@ -142,7 +143,7 @@ for node in graph.graph.nodes:  # the quantizer refuses one ReLU that is called 
         if (name, node.target) in calls:
             node.meta["nn_module_stack"] = stack | {key: (f"{name}.{node.name}", kind)}
         calls.add((name, node.target))
-quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config($reduced))
 prepared = prepare_pt2e(graph, quantizer)
 with torch.no_grad():
     for image in images:
@@ -195,6 +196,7 @@ def code_to_copy(
         calibration_images=calibration_images,
         threads=threads,
         seed=seed,
+        reduced=f"reduce_range={sums_saturate(machine_facts()['isa'])}",  # 7 bits where 8-bit products saturate
         run="run" if way[1] == "inductor" else "model",
         layout=".contiguous(memory_format=torch.channels_last)" if way[1] == "eager_channels_last" else "",
     )
