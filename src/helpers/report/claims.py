@@ -764,7 +764,7 @@ OF_BITS = {
     7: {
         "ort U8, per channel, reduce range": "onnxruntime",
         "pt2e freezing, reduce range": "inductor",
-        "nncf 7-bit weights": "openvino",
+        "nncf default": "openvino",  # 7 bits in the first layer
     },
 }
 
