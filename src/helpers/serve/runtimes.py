@@ -69,9 +69,11 @@ def inductor_predictor(model: nn.Module, **config: object) -> Predictor:
     if is_eager_int8(model):
         raise StudyError("Inductor does not take eager-mode INT8 models; quantize with PT2E for it.")
     import torch._inductor.config
+    from torch._inductor import select_algorithm
 
     from helpers.quantize.pt2e import export_graph  # with torchao it takes seconds to import, and most runs do without
 
+    select_algorithm.PRINT_AUTOTUNE = False  # its tables of kernels are for who writes them
     # A graph has compiled code of its own; instances of one class would share theirs, and Dynamo gives up after a few.
     graph = model if isinstance(model, torch.fx.GraphModule) else export_graph(model)
     compiled = module_predictor(torch.compile(graph, dynamic=False))
