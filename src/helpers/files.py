@@ -122,9 +122,8 @@ def seal(path: Path) -> None:
 
     path: .json or .safetensors with UNSEALED in it, an ONNX file, or an OpenVINO IR (.xml), of which the .bin counts, too.
     """
-    if (
-        path.suffix == ".onnx"
-    ):  # an entry of metadata_props as protobuf writes it, where protobuf itself never puts it: first
+    if path.suffix == ".onnx":
+        # An entry of metadata_props as protobuf writes it, where protobuf itself never puts it: first.
         path.write_bytes(b"r\x11\n\x05crc32\x12\x0800000000" + path.read_bytes())
     if path.suffix == ".xml":
         path.write_bytes(path.read_bytes() + b"\n<!-- crc32 00000000 -->\n")

@@ -53,6 +53,11 @@ INSTRUCTIONS = {
 _cpu_info = cache(cpuinfo.get_cpu_info)  # a second and more each time
 
 
+def isa_here() -> list[str]:
+    """Which of ISA_FLAGS this CPU has."""
+    return [flag for flag in ISA_FLAGS if flag in _cpu_info().get("flags", [])]
+
+
 def machine_facts() -> dict[str, Any]:
     """CPU model, instruction sets that matter for INT8, cores, memory, GPU, system and versions of this machine.
 
@@ -64,7 +69,7 @@ def machine_facts() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "cpu": info.get("brand_raw", platform.machine()),
-        "isa": [flag for flag in ISA_FLAGS if flag in info.get("flags", [])],
+        "isa": isa_here(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
         "cpu_quota": cpu_quota(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -78,8 +83,8 @@ def machine_facts() -> dict[str, Any]:
 
 def machine_name(facts: Mapping[str, Any]) -> str:
     """One line that tells machines apart: CPU, cores and the instruction sets that decide INT8 speed."""
-    implied = {"avx512f"} if any(flag.startswith("avx512_") for flag in facts["isa"]) else set()
-    isa = "+".join(flag for flag in facts["isa"] if flag not in implied) or "no special instructions"
+    implied = "avx512f" if any(flag.startswith("avx512_") for flag in facts["isa"]) else ""
+    isa = "+".join(flag for flag in facts["isa"] if flag != implied) or "no special instructions"
     return f"{facts['cpu']}, {facts['cores']} cores, {isa}"
 
 

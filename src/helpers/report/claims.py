@@ -777,7 +777,7 @@ def _pt2e_freezing(results: Results) -> list[Evidence]:
     for setting, share in (("pt2e default", 0), ("pt2e freezing", 1)):
         for row in of[of.arm == setting].to_dict("records"):
             in_int8, status = row["int8_layers"] * row["layers"], "holds" if row["int8_layers"] == share else "fails"
-            what = f"{_label(row['model'])}: {setting}, layers in INT8 of {row['layers']}"
+            what = f"{_label(row['model'])}: {setting}, layers in INT8 of {row['layers']:.0f}"
             found.append(Evidence(what, in_int8, np.nan, np.nan, "layers", status, 0, 1, "", (row["run_id"],)))
     if not found:
         raise NotMeasured("the settings were not compared")

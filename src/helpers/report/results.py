@@ -292,8 +292,8 @@ class Results:
         truth = self._truth({"arch": arch, "recipe": self.recipe}, 0)
         if not stored or truth is None:
             raise NotMeasured("the settings were not compared")
-        keys = {way: stored[prediction_key(*way)] for way in served}
-        return run_id, {way: (classes == truth[: len(classes)])[None] for way, classes in keys.items()}
+        predicted = {way: stored[prediction_key(*way)] for way in served}
+        return run_id, {way: (classes == truth[: len(classes)])[None] for way, classes in predicted.items()}
 
     def compare(self, a: Row, b: Row, seeds: Iterable[int] = ()) -> Difference:
         """Accuracy of `a` minus that of `b`, image by image on the seeds that both have, or on `seeds`. Raises NotMeasured."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 from helpers.files import NotWritten, StudyError, check_whole, refused, seal, whole_file
-from helpers.machine import machine_facts, sums_saturate
+from helpers.machine import isa_here, sums_saturate
 from helpers.quantize.arms import state_bytes
 from helpers.quantize.nncf import quantize_openvino
 from helpers.quantize.ort import UNSIGNED, quantize_onnxruntime
@@ -215,18 +215,14 @@ def _nncf(model: Foreign, folder: Path, images: Tensor) -> Path:
 
 def _ort_u8(model: Foreign, folder: Path, images: Tensor) -> Path:
     path = folder / "ptq_ort_u8.onnx"
-    quantize_onnxruntime(
-        float_onnx(model, folder), images, path, UNSIGNED, reduce_range=sums_saturate(machine_facts()["isa"])
-    )
+    quantize_onnxruntime(float_onnx(model, folder), images, path, UNSIGNED, reduce_range=sums_saturate(isa_here()))
     return path
 
 
 _OF_PYTORCH: dict[str, Callable[[str, Foreign, Tensor], nn.Module]] = {
     "eager": _eager,
     "eager_channels_last": _eager,
-    "inductor": lambda arm, model, images: _graph(
-        arm, model, images, reduce_range=sums_saturate(machine_facts()["isa"])
-    ),
+    "inductor": lambda arm, model, images: _graph(arm, model, images, reduce_range=sums_saturate(isa_here())),
 }
 _OF_FILES: dict[tuple[str, str], Callable[[Any, Any, Any], Path]] = {
     ("fp32", "onnxruntime"): lambda model, folder, _: float_onnx(model, folder),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from helpers.machine import machine_facts, sums_saturate
+from helpers.machine import isa_here, sums_saturate
 from helpers.serve.foreign import Foreign
 
 # By what the model is: `model`, a module in eval mode; of an ONNX file only the path is needed.
@@ -196,7 +196,7 @@ def code_to_copy(
         calibration_images=calibration_images,
         threads=threads,
         seed=seed,
-        reduced=f"reduce_range={sums_saturate(machine_facts()['isa'])}",  # 7 bits where 8-bit products saturate
+        reduced=f"reduce_range={sums_saturate(isa_here())}",  # 7 bits where 8-bit products saturate
         run="run" if way[1] == "inductor" else "model",
         layout=".contiguous(memory_format=torch.channels_last)" if way[1] == "eager_channels_last" else "",
     )

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from helpers.files import UNFINISHED, StudyError
+from helpers.files import UNFINISHED, StudyError, read_arrays
 from helpers.report.results import Results
 from helpers.study.canary import clone_commit
 from helpers.study.pipeline import WITH_PARENT
@@ -264,10 +264,10 @@ def differences(undisturbed: Path, disturbed: Path) -> list[str]:
         if run | {"date": ""} != other.runs.get(run_id, {}) | {"date": ""}:
             found.append(f"{run_id} is recorded otherwise")
     for path in sorted((undisturbed / "records").glob("*.npz")):
-        with np.load(path) as arrays, np.load(disturbed / "records" / path.name) as others:
-            same = {*arrays} == {*others} and all(
-                arrays[name].dtype == float or np.array_equal(arrays[name], others[name]) for name in arrays
-            )
+        arrays, others = read_arrays(path), read_arrays(disturbed / "records" / path.name)
+        same = {*arrays} == {*others} and all(
+            arrays[name].dtype == float or np.array_equal(arrays[name], others[name]) for name in arrays
+        )
         if not same:
             found.append(f"{path.name} has other predictions")
     for path in sorted((undisturbed / "weights").glob("*.safetensors")):
