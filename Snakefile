@@ -141,5 +141,7 @@ rule book:
         sorted(str(page) for page in Path("book").glob("*.*")),
     output:
         update(f"{RUN}/book/_build/html/index.html"),
+    log:
+        f"{RUN}/book.log",
     shell:
-        f"{WITH_THE_STUDY} -m helpers.study.book run {NAME}" + LOGGED
+        f"{WITH_THE_STUDY} -m helpers.study.book run {NAME} > {{log}} 2>&1"

@@ -28,7 +28,7 @@ from helpers.serve.export import convert_to_openvino, export_onnx, export_torchs
 from helpers.serve.foreign import open_model
 from helpers.serve.runtimes import load_predictor
 from helpers.study.book import copy_chapter
-from helpers.study.console import cell_that_failed
+from helpers.study.console import last_lines
 from helpers.study.pipeline import load_profile
 from helpers.train.data import read_parquet
 from helpers.train.pictures import fitted
@@ -161,7 +161,7 @@ def write_notebook(path):
 
 
 def notebook(path):
-    cell_that_failed(path)
+    last_lines(path)
     copy_chapter(path, path.with_name("chapter.ipynb"))
 
 

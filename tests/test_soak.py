@@ -16,7 +16,7 @@ from helpers.report.records import gather, save_record
 from helpers.report.rows import accuracy_row, export_row
 from helpers.serve.export import convert_to_openvino, export_onnx, export_torchscript
 from helpers.study import soak
-from helpers.study.console import cell_that_failed
+from helpers.study.console import last_lines
 from helpers.study.run import run_study
 from helpers.train.data import load_data
 from helpers.train.training import Recipe, fit
@@ -138,7 +138,7 @@ def test_what_a_killed_process_was_writing_is_no_record_and_is_removed(tmp_path)
 
 def test_a_notebook_that_is_not_whole_hides_no_failure(tmp_path):
     (tmp_path / "x.ipynb").write_text('{"cells": [')
-    assert cell_that_failed(tmp_path / "x.ipynb") == []
+    assert last_lines(tmp_path / "x.ipynb") == []
 
 
 OF = {"arch": "resnet18", "recipe": "tuned", "seed": 0}

@@ -7,7 +7,6 @@ import copy
 import logging
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from helpers.files import StudyError, check_whole, refused, seal, whole_file
+from helpers.files import StudyError, refused
+from helpers.ir import read_openvino, save_openvino
 from helpers.quantize.ranges import TAIL
 
-# No telemetry: OpenVINO and NNCF fall back to their silent stubs when this package cannot be imported.
-sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # NNCF looks for CUDA; this is about CPUs
 import nncf  # noqa: E402
 import openvino  # noqa: E402
@@ -27,15 +25,6 @@ import openvino  # noqa: E402
 nncf.set_log_level("ERROR")
 # NNCF draws its progress bars with a widget library that the study does not need.
 warnings.filterwarnings("ignore", message='install "ipywidgets" for Jupyter support')
-
-
-def save_openvino(model: "openvino.Model", path: Path) -> None:
-    """Write an OpenVINO IR: `path` (.xml) and the .bin beside it. Weights keep their type (the default would halve them)."""
-    with whole_file(path) as aside:
-        openvino.save_model(model, aside, compress_to_fp16=False)
-        seal(aside)
-        path.unlink(missing_ok=True)  # a graph never stands beside the weights of another one
-        aside.with_suffix(".bin").replace(path.with_suffix(".bin"))
 
 
 # Where the range of an activation comes from. The first is NNCF's own choice: the mean over images of their extremes.
@@ -63,8 +52,7 @@ def quantize_openvino(
     get 7 bits, so that 16-bit sums do not saturate on CPUs without VNNI: enable (all), disable (none), or empty for NNCF's own
     choice, the first layer's. Raises StudyError with what NNCF said when it fails.
     """
-    check_whole(float_path)
-    model = openvino.Core().read_model(float_path)
+    model = read_openvino(float_path)
     calibration = nncf.Dataset([image.unsqueeze(0).numpy() for image in images])
     advanced = nncf.AdvancedQuantizationParameters(
         overflow_fix=nncf.OverflowFix(overflow_fix) if overflow_fix else None,
@@ -107,8 +95,7 @@ def quantize_openvino_controlled(
         right = [float(compiled(pictures[i : i + 1])[0].argmax() == labels[i]) for i in chosen]
         return sum(right) / len(right), right
 
-    check_whole(float_path)
-    model = openvino.Core().read_model(float_path)
+    model = read_openvino(float_path)
     quantized = nncf.quantize_with_accuracy_control(
         model,
         calibration_dataset=nncf.Dataset([image.unsqueeze(0).numpy() for image in images]),

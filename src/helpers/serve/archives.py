@@ -45,7 +45,9 @@ def load_exported(path: Path) -> "torch.export.ExportedProgram":
     `torch.export.load` itself does all three where a file asks for it (torch 2.14). Raises StudyError for a file of another
     kind, a damaged one, and one that asks for it.
     """
-    with refused(f"{path} is no whole .pt2 archive"):
+    if not zipfile.is_zipfile(path):
+        raise StudyError(f"{path} is no .pt2 archive, or a damaged one. {EXPORT_IT}")
+    with refused(f"{path} is damaged; make it again"):
         check_whole(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from helpers.files import StudyError, check_whole, first_line, refused, seal, whole_file
+from helpers.ir import save_openvino
 from helpers.quantize.arms import is_eager_int8
-from helpers.quantize.nncf import save_openvino
 from helpers.train.models import ANY_BATCH
 
 # TorchScript and the TorchScript-based ONNX exporter are deprecated; both are measured because the reference study used

@@ -8,8 +8,9 @@ import onnx
 import onnxruntime
 
 from helpers.files import StudyError, check_whole, whole_file
+from helpers.ir import read_openvino
 from helpers.serve.profiling import torch_ops
-from helpers.serve.sessions import compile_openvino, read_openvino
+from helpers.serve.sessions import compile_openvino
 from helpers.train.models import Predictor
 
 

@@ -313,7 +313,8 @@ def _onnxruntime(service: Service, cores: Sequence[int]) -> list[Callable[[np.nd
 
 
 def _openvino(service: Service, cores: Sequence[int]) -> list[Callable[[np.ndarray], object]]:
-    from helpers.serve.sessions import compile_openvino, openvino_predictor, read_openvino
+    from helpers.ir import read_openvino
+    from helpers.serve.sessions import compile_openvino, openvino_predictor
 
     config: dict[str, object] = {"NUM_STREAMS": service.streams}
     if service.pinning:

@@ -19,9 +19,10 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from helpers.files import StudyError
+from helpers.ir import read_openvino
 from helpers.quantize.arms import ENGINES
 from helpers.serve.runtimes import load_predictor
-from helpers.serve.sessions import compile_openvino, read_openvino
+from helpers.serve.sessions import compile_openvino
 from helpers.train.models import Predictor, run_hooked
 from helpers.train.taps import live_taps
 

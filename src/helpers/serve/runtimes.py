@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from helpers.files import StudyError, check_whole, first_line, refused
+from helpers.ir import read_openvino
 from helpers.quantize import arms
 from helpers.quantize.arms import is_eager_int8, load_arm
 from helpers.serve.export import INDUCTOR, SUFFIXES, package_for
-from helpers.serve.sessions import compile_openvino, onnxruntime_session, openvino_predictor, read_openvino
+from helpers.serve.sessions import compile_openvino, onnxruntime_session, openvino_predictor
 from helpers.train.models import Predictor, module_predictor
 
 RUNTIMES = tuple(SUFFIXES)

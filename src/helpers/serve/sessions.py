@@ -1,6 +1,5 @@
 """ONNX Runtime and OpenVINO, set up to serve. Each is imported where it is used: a process that needs one holds only that one."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +11,6 @@ from helpers.files import check_whole
 if TYPE_CHECKING:
     import onnxruntime
     import openvino
-
-sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # OpenVINO reports its import unless this is missing
 
 
 def onnxruntime_session(path: Path, threads: int = 0, **config: str) -> "onnxruntime.InferenceSession":
@@ -31,15 +28,6 @@ def onnxruntime_session(path: Path, threads: int = 0, **config: str) -> "onnxrun
     for name, value in config.items():
         options.add_session_config_entry(name, value)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def read_openvino(path: Path) -> "openvino.Model":
-    """Read an OpenVINO IR (.xml, its .bin beside it) or an ONNX file. Raises StudyError as `onnxruntime_session` does."""
-    import openvino
-
-    check_whole(path)
-
-    return openvino.Core().read_model(path)
 
 
 def compile_openvino(

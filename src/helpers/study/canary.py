@@ -19,7 +19,7 @@ from helpers.report.records import gather, runs_of
 from helpers.report.results import ROW, NotMeasured, Results, Row
 from helpers.report.schema import COLUMNS, RANDOM, arm_facts
 from helpers.report.tables import as_text, model_label, path_label
-from helpers.study.console import cell_that_failed
+from helpers.study.console import last_lines
 
 PROFILE = "smoke_full"
 FOLDER = Path("runs/canary")
@@ -120,7 +120,7 @@ def _reason(row: Row, before: Results, after: Results, newest: Path) -> str:
 
 def _stopped(run_id: str, run: Path) -> str:
     """Why a notebook left no record: the last line of its failed cell, or that it was not run."""
-    return [f"{run_id} was not run", *cell_that_failed(run / "notebooks" / f"{run_id}.ipynb")][-1]
+    return [f"{run_id} was not run", *last_lines(run / "notebooks" / f"{run_id}.ipynb")][-1]
 
 
 def versions(pinned: Path, newest: Path) -> pd.DataFrame:

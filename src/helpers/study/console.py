@@ -1,7 +1,7 @@
-"""What `make study` shows: a line when a notebook starts and one when it ends; of one that failed, what its cell said last.
+"""What `make study` shows: a line when a notebook starts and one when it ends; of one that failed, what it said last.
 
 A logger plugin for Snakemake, which hands events to `LogHandler`; `helpers.study` registers it. Everything else that
-Snakemake and the notebooks print is in the run's study.log.
+Snakemake and the notebooks print is in the run's study.log, and what building the book prints in its book.log.
 Source: https://github.com/snakemake/snakemake-interface-logger-plugins
 """
 
@@ -19,7 +19,7 @@ from helpers.files import StudyError
 from helpers.study.pipeline import NOTEBOOKS, SIZE_OF, Profile, load_profile, read_notebook
 
 PROFILE = "STUDY_PROFILE"  # environment variable: the profile that runs
-LAST_LINES = 15  # of a failed cell, on the screen
+LAST_LINES = 15  # of a failed job, on the screen
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -34,12 +34,14 @@ def mean_minutes(rule: str, profile: Profile) -> float:
     return sum(minutes_of(rule, arch) for arch in archs) / max(1, len(archs))
 
 
-def cell_that_failed(notebook: Path) -> list[str]:
-    """The last lines that the failed cell of an executed notebook gave, its error last; [] if none failed, or it is not whole."""
-    if not notebook.exists():
+def last_lines(log: Path) -> list[str]:
+    """What a job that failed said last: of an executed notebook, its failed cell; [] if none failed, or it is not whole."""
+    if not log.exists():
         return []
+    if log.suffix != ".ipynb":
+        return log.read_text(errors="replace").splitlines()[-LAST_LINES:]
     try:
-        cells = read_notebook(notebook).cells
+        cells = read_notebook(log).cells
     except StudyError:  # papermill was stopped while it wrote, or the disk was full
         return []
     lines: list[str] = []
@@ -124,11 +126,11 @@ class LogHandler(LogHandlerBase):
     def _failed(self, rule: str, logs: list[Path]) -> None:
         self.failed = True
         self._say(f"FAILED  {rule}")
-        for notebook in logs:
-            for line in cell_that_failed(notebook):
+        for log in logs:
+            for line in last_lines(log):
                 self._say(f"        {line}")
-            if notebook.exists():
-                self._say(f"        The notebook, with its traceback: {notebook}")
+            if log.suffix == ".ipynb" and log.exists():
+                self._say(f"        The notebook, with its traceback: {log}")
 
     def _say(self, line: str) -> None:
         print(line, flush=True)

@@ -65,7 +65,9 @@ def run_study(name: str, arguments: list[str]) -> int:
             code = _snakemake(name, [*SNAKEMAKE, *_slowest_first(profile, run), *_with_profile(name, arguments)])
         if code:
             check_writable(run)  # a full disk takes no log either, so it is said here
-            print(f"The study stopped; all it printed is in {run / 'study.log'}. The same command goes on from here.")
+            print(
+                f"The study stopped; all that its notebooks printed is in {run / 'study.log'}. The same command goes on from here."
+            )
             return code
         _remove_float_exports(run)
     _closing_lines(run, peak[0], (time.monotonic() - started) / 60)
@@ -165,7 +167,7 @@ def _closing_lines(run: Path, peak_bytes: int, minutes: float) -> None:
             )
         )
     print(
-        f"{minutes:.1f} minutes, at most {peak_bytes / 1e9:.1f} GB of memory; all that was printed: {run / 'study.log'}"
+        f"{minutes:.1f} minutes, at most {peak_bytes / 1e9:.1f} GB of memory; all that its notebooks printed: {run / 'study.log'}"
     )
     print(f"The study is done. Open {run / 'book' / '_build' / 'html' / 'index.html'}")
 
