@@ -54,26 +54,3 @@ def papermill(notebook, output, *arguments, **environment):
         *arguments,
         **environment,
     )
-
-
-@pytest.fixture(scope="session")
-def smoke(request):
-    """The study in small, from nothing: its run directory, which has the profile's name."""
-    import shutil
-
-    profile = request.config.getoption("--study")
-    folder = ROOT / "runs" / profile
-    shutil.rmtree(folder, ignore_errors=True)
-    done = run(sys.executable, "-m", "helpers.study.run", profile, "--max-threads", "1")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    assert done.stdout.splitlines()[-1].endswith("index.html")
-    (folder / "console.txt").write_text(done.stdout)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def smoke_full(smoke):
-    """The same with the experiments, for the tests that need them."""
-    if smoke.name != "smoke_full":
-        pytest.skip("the experiments run with: make test STUDY=smoke_full")
-    return smoke

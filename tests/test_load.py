@@ -137,7 +137,9 @@ print(*({{"torch", "onnxruntime", "openvino", "nncf"}} & {{*sys.modules}}))
 
 
 def test_openvino_and_nncf_do_not_report_their_import():
-    program = "import sys, helpers.serve.export; print(*(name for name in sys.modules if 'openvino_telemetry.' in name))"
+    program = (
+        "import sys, helpers.serve.export; print(*(name for name in sys.modules if 'openvino_telemetry.' in name))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split() == [], done.stderr
 

@@ -10,11 +10,10 @@ from helpers.quantize import nncf, pt2e
 from helpers.quantize.ort import UNSIGNED, quantize_onnxruntime
 from helpers.quantize.ranges import range_of_most
 from helpers.quantize.settings import SETTINGS
-from helpers.report.records import record_rows
 from helpers.serve import candidates
 from helpers.serve.candidates import float_onnx, make_setting
 from helpers.serve.foreign import of_module
-from helpers.train.models import calibrate
+from helpers.train.models import build_model, calibrate
 
 SIZE = 8
 IMAGES = torch.rand(40, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -118,11 +117,11 @@ def test_a_setting_that_is_refused_is_a_row_with_its_reason(model, tmp_path, mon
     assert candidate.reason == "NNCF does not quantize it (ValueError: no)." and candidate.file_bytes == 0
 
 
-def test_the_record_of_the_notebook_has_every_setting_with_its_answers_or_its_reason(smoke_full):
-    rows = record_rows(str(smoke_full), "19_settings-resnet18-tuned-s0", "yours")
-    of = {row["arm"]: row for row in rows}
-    assert {name for name, setting in BY_NAME.items() if setting.tool != "pt2e"} <= set(of)
-    assert all((row["top1"] is None) == bool(row["reason"]) for row in rows)
-    assert of["ort default"]["int8_layers"] < of["ort U8"]["int8_layers"] == of["nncf default"]["int8_layers"] == 1
-    timed = record_rows(str(smoke_full), "19_settings-resnet18-tuned-s0", "yours_latency")
-    assert {row["arm"] for row in timed} == {row["arm"] for row in rows if not row["reason"]}
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_pt2e_fuses_every_relu_of_the_study_s_models_so_that_each_convolution_gives_int8(arch):
+    graph = pt2e.prepare_pt2e(build_model(arch))
+    calibrate(graph, torch.rand(2, 3, 32, 32), 2)
+    graph = pt2e.convert_pt2e(graph)
+    relus = [node for node in graph.graph.nodes if node.name.startswith("relu")]
+    users = {str(user.target) for relu in relus for user in relu.users}
+    assert users == {"quantized_decomposed.quantize_per_tensor.default"}

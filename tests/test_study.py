@@ -17,8 +17,9 @@ from conftest import ROOT, papermill, run
 
 from helpers.files import StudyError
 from helpers.quantize.arms import ENGINES
+from helpers.quantize.settings import SETTINGS
 from helpers.report import claims
-from helpers.report.records import read_record, write_record
+from helpers.report.records import read_record, record_rows, write_record
 from helpers.report.results import Results
 from helpers.serve.runtimes import RUNTIMES
 from helpers.study import canary
@@ -27,9 +28,30 @@ from helpers.study.pipeline import NOTEBOOKS, collect, ensure, load_profile
 from helpers.study.repository import repository_url, rewrite
 from helpers.train import published
 
-# One file, because its tests share the run directory of the smoke study: a file stays in one process.
+# One file, with the fixtures, because its tests share the run directory of the small study: a file stays in one process.
 
 SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in NOTEBOOKS}
+
+
+@pytest.fixture(scope="module")
+def smoke(request):
+    """The study in small, from nothing: its run directory, which has the profile's name."""
+    profile = request.config.getoption("--study")
+    folder = ROOT / "runs" / profile
+    shutil.rmtree(folder, ignore_errors=True)
+    done = run(sys.executable, "-m", "helpers.study.run", profile, "--max-threads", "1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert done.stdout.splitlines()[-1].endswith("index.html")
+    (folder / "console.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smoke_full(smoke):
+    """The same with the experiments, for the tests that need them."""
+    if smoke.name != "smoke_full":
+        pytest.skip("the experiments run with: make test STUDY=smoke_full")
+    return smoke
 
 
 def cells(name, tag):
@@ -87,6 +109,16 @@ def test_the_experiments_run_and_their_tables_are_complete(smoke_full):
     assert set(tables["load"].pace) == {"hot", "idle_10", "load_50"}
     pilots = {"pilot", "pilot, epoch 1", "pilot test, trains, low", "pilot test, keeps, low"}
     assert {*tables["diagnosis"].check} >= pilots
+
+
+def test_the_record_of_settings_has_every_one_with_its_answers_or_its_reason(smoke_full):
+    rows = record_rows(str(smoke_full), "19_settings-resnet18-tuned-s0", "yours")
+    of = {row["arm"]: row for row in rows}
+    assert {setting.name for setting in SETTINGS if setting.tool != "pt2e"} <= set(of)
+    assert all((row["top1"] is None) == bool(row["reason"]) for row in rows)
+    assert of["ort default"]["int8_layers"] < of["ort U8"]["int8_layers"] == of["nncf default"]["int8_layers"] == 1
+    timed = record_rows(str(smoke_full), "19_settings-resnet18-tuned-s0", "yours_latency")
+    assert {row["arm"] for row in timed} == {row["arm"] for row in rows if not row["reason"]}
 
 
 WALKED = ("eager", "torchscript", "onnxruntime", "openvino")

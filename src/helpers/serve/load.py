@@ -156,7 +156,8 @@ class Server:
             return [json.loads(process.stdout.readline()) for process in self._processes]
         except (OSError, ValueError) as error:
             self._errors.seek(0)
-            said = self._errors.read().strip().splitlines() or ["it said nothing"]
+            codes = [process.poll() for process in self._processes]
+            said = self._errors.read().strip().splitlines() or [f"it said nothing; exit codes {codes}"]
             raise StudyError(f"A process that served {self.service.runtime} ended ({said[-1]}).") from error
 
     def close(self) -> None:

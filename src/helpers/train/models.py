@@ -25,9 +25,14 @@ Predictor = Callable[[np.ndarray], np.ndarray]
 class ResidualAdd(nn.Module):
     """The end of a block as a module, in the place of which eager-mode quantization puts its own (FloatFunctional)."""
 
+    def __init__(self) -> None:
+        """A module for its ReLU, by which PT2E's quantizer knows what to fuse with the convolution before it."""
+        super().__init__()
+        self.relu = nn.ReLU()
+
     def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
         """relu(x + y), all of one shape; FloatFunctional has a method of that name."""
-        return nn.functional.relu(x + y)
+        return self.relu(x + y)
 
 
 class BasicBlock(resnet.BasicBlock):
