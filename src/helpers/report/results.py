@@ -295,6 +295,16 @@ class Results:
         predicted = {way: stored[prediction_key(*way)] for way in served}
         return run_id, {way: (classes == truth[: len(classes)])[None] for way, classes in predicted.items()}
 
+    def setting_times(self, arch: str) -> dict[tuple[str, str], np.ndarray]:
+        """What notebook 19 timed on the most threads: (name, runtime) -> ms, [rounds]. Raises NotMeasured."""
+        run_id = run_name("19_settings", arch, self.recipe, 0)
+        of = self.tables["yours_latency"]
+        of = of[of.run_id == run_id]
+        if of.empty or not (stored := self._stored(run_id)):
+            raise NotMeasured("the settings were not timed")
+        named = of[of.threads == of.threads.max()].assign(arch=arch, recipe=RANDOM, engine="").to_dict("records")
+        return {(row["arm"], row["runtime"]): stored[times_key(row)] for row in named}
+
     def compare(self, a: Row, b: Row, seeds: Iterable[int] = ()) -> Difference:
         """Accuracy of `a` minus that of `b`, image by image on the seeds that both have, or on `seeds`. Raises NotMeasured."""
         key = (_key(a), _key(b), tuple(seeds))
