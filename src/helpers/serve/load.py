@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import numpy as np
 import psutil
@@ -326,10 +326,8 @@ def _openvino(service: Service, cores: Sequence[int]) -> list[Callable[[np.ndarr
     return [openvino_predictor(compiled) for _ in range(service.streams)]
 
 
-def _serve() -> None:
+def _serve(answers: TextIO) -> None:
     """The process: a service on the first line, then what to measure; it ends with its input."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
     given = json.loads(sys.stdin.readline())
     calls = load(Service(**{name: value for name, value in given.items() if name != "process"}), given["process"])
     hot(calls, WARM_S)
@@ -347,7 +345,9 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")  # open until what goes wrong is said: its end is what the other side waits for
+    os.dup2(2, 1)  # what a library prints is no answer
     try:
-        _serve()
+        _serve(answers)
     except StudyError as error:
         sys.exit(str(error))
