@@ -14,8 +14,8 @@ import pandas as pd
 
 from helpers.machine import sums_saturate
 from helpers.report.results import MARGIN, Difference, NotMeasured, Results, Row, difference
-from helpers.report.schema import ARCH_LABELS, RANDOM, RUNTIMES, arm_facts, run_name
-from helpers.report.stats import SAME_WORK, Ratio, speedup_interval, wilson_interval
+from helpers.report.schema import ARCH_LABELS, RANDOM, RUNTIMES, arm_facts
+from helpers.report.stats import SAME_WORK, Ratio, wilson_interval
 
 STATUSES = ("holds", "fails", "undecided", "not measured")
 POINTS, HALF_A_POINT = "points", 100 * MARGIN
@@ -163,11 +163,17 @@ def _speed(
     results: Results, a: Row, b: Row, what: str, least: float = -np.inf, most: float = np.inf, **conditions: Any
 ) -> Evidence:
     """How many times faster `a` is than `b`."""
-    first, second = results.timing(a, **conditions), results.timing(b, **conditions)
+    return _faster(results, results.timing(a, **conditions), results.timing(b, **conditions), what, least, most)
+
+
+def _faster(
+    results: Results, first: Row, second: Row, what: str, least: float = -np.inf, most: float = np.inf
+) -> Evidence:
+    """The same of two rows of latency."""
     ratio: Ratio = results.faster(first, second)
     status = _within(ratio.low, ratio.high, least, most)
     return Evidence(
-        *(f"{_label(a['arch'])}: {what}", ratio.times, ratio.low, ratio.high, "times", status, first["rounds"], 1),
+        *(f"{_label(first['arch'])}: {what}", ratio.times, ratio.low, ratio.high, "times", status, first["rounds"], 1),
         *(first["machine"], (first["run_id"],)),
     )
 
@@ -745,8 +751,7 @@ def _saturation(results: Results) -> list[Evidence]:
     run_id, right = results.setting_answers("resnet18")
     if not sums_saturate(results.runs[run_id]["isa"]):
         raise NotMeasured("8-bit products do not saturate on this CPU")
-    latency = results.tables["yours_latency"]
-    machine = latency[latency.run_id == run_id].machine.iloc[0]
+    machine = results.setting_timing("resnet18", *EAGER)["machine"]
     found = []
     for bits, bounds in ((8, {"most": -4}), (7, {"least": -HALF_A_POINT})):
         for setting, runtime in OF_BITS[bits].items():
@@ -786,16 +791,12 @@ def _pt2e_freezing(results: Results) -> list[Evidence]:
 
 def _pt2e_wrapper(results: Results) -> list[Evidence]:
     """INT8 by PT2E over FP32, both in Inductor with its C++ wrapper, by the times of notebook 19."""
-    times, run_id = results.setting_times("resnet18"), run_name("19_settings", "resnet18", results.recipe, 0)
-    pair = [times.get((name, "inductor")) for name in ("fp32, C++ wrapper", "pt2e freezing, C++ wrapper")]
-    if any(ms is None for ms in pair):
-        raise NotMeasured("the C++ wrapper was not timed")
-    low, high = speedup_interval(*pair, seed=0)
-    latency = results.tables["yours_latency"]
-    machine = latency[latency.run_id == run_id].machine.iloc[0]
-    ratio, status = np.median(pair[0]) / np.median(pair[1]), _within(low, high, least=1.2)
-    what = "ResNet18: INT8 (PT2E) over FP32 in Inductor, both with the C++ wrapper"
-    return [Evidence(what, ratio, low, high, "times", status, len(pair[0]), 1, machine, (run_id,))]
+    int8, fp32 = (
+        results.setting_timing("resnet18", name, "inductor")
+        for name in ("pt2e freezing, C++ wrapper", "fp32, C++ wrapper")
+    )
+    what = "INT8 (PT2E) over FP32 in Inductor, both with the C++ wrapper"
+    return [_faster(results, int8, fp32, what, least=1.2)]
 
 
 CLAIMS: tuple[Claim, ...] = (

@@ -295,15 +295,15 @@ class Results:
         predicted = {way: stored[prediction_key(*way)] for way in served}
         return run_id, {way: (classes == truth[: len(classes)])[None] for way, classes in predicted.items()}
 
-    def setting_times(self, arch: str) -> dict[tuple[str, str], np.ndarray]:
-        """What notebook 19 timed on the most threads: (name, runtime) -> ms, [rounds]. Raises NotMeasured."""
+    def setting_timing(self, arch: str, name: str, runtime: str) -> dict[str, Any]:
+        """The latency of one of notebook 19's settings on the most threads, as `timing` gives it. Raises NotMeasured."""
         run_id = run_name("19_settings", arch, self.recipe, 0)
         of = self.tables["yours_latency"]
-        of = of[of.run_id == run_id]
-        if of.empty or not (stored := self._stored(run_id)):
-            raise NotMeasured("the settings were not timed")
-        named = of[of.threads == of.threads.max()].assign(arch=arch, recipe=RANDOM, engine="").to_dict("records")
-        return {(row["arm"], row["runtime"]): stored[times_key(row)] for row in named}
+        of = of[(of.run_id == run_id) & (of.arm == name) & (of.runtime == runtime)]
+        if of.empty:
+            raise NotMeasured(f"{name} in {runtime} was not timed")
+        found = of.loc[of.threads.idxmax()].to_dict() | {"arch": arch, "recipe": RANDOM, "engine": ""}
+        return found | {"times": self._stored(run_id).get(times_key(found))}
 
     def compare(self, a: Row, b: Row, seeds: Iterable[int] = ()) -> Difference:
         """Accuracy of `a` minus that of `b`, image by image on the seeds that both have, or on `seeds`. Raises NotMeasured."""
