@@ -25,6 +25,8 @@ from helpers.train.models import Predictor, module_predictor
 RUNTIMES = tuple(SUFFIXES)
 # They answer a batch image by image, so their time for more than one image is not that of a batch.
 ONE_IMAGE_A_CALL = ("aotinductor",)
+# Inductor's tables of the kernels that autotuning tried are for who writes kernels.
+SILENT = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
 
 
 def load_predictor(path: Path, runtime: str, threads: int = 0, engine: str = "fbgemm", **config: object) -> Predictor:
@@ -70,11 +72,9 @@ def inductor_predictor(model: nn.Module, **config: object) -> Predictor:
     if is_eager_int8(model):
         raise StudyError("Inductor does not take eager-mode INT8 models; quantize with PT2E for it.")
     import torch._inductor.config
-    from torch._inductor import select_algorithm
 
     from helpers.quantize.pt2e import export_graph  # with torchao it takes seconds to import, and most runs do without
 
-    select_algorithm.PRINT_AUTOTUNE = False  # its tables of kernels are for who writes them
     # A graph has compiled code of its own; instances of one class would share theirs, and Dynamo gives up after a few.
     graph = model if isinstance(model, torch.fx.GraphModule) else export_graph(model)
     compiled = module_predictor(torch.compile(graph, dynamic=False))
@@ -83,7 +83,7 @@ def inductor_predictor(model: nn.Module, **config: object) -> Predictor:
     def predictor(images: np.ndarray) -> np.ndarray:
         if len(images) in compiled_for:
             return compiled(images)
-        settings = torch._inductor.config.patch(INDUCTOR | config)  # `options` of torch.compile come too late to freeze
+        settings = torch._inductor.config.patch(INDUCTOR | SILENT | config)  # `options` of torch.compile come too late to freeze
         with refused("Inductor does not compile it"), settings:
             answer = compiled(images)
         compiled_for.add(len(images))
