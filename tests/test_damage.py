@@ -244,7 +244,8 @@ def test_a_damaged_file_ends_in_one_sentence_or_changes_nothing(name, tmp_path):
         before = re.sub(rb'\n "crc32": "\w{8}",', b"", content).replace(b"crc32", b"other")
         (tmp_path / "read" / file).write_bytes(before)
         assert read(tmp_path / "read" / file) == expected or name in OF_OTHERS
-    for number in range(300 if SOAK else 10):
+    # 235 exchanges the numbers that say how much an archive holds: it then reads as an empty one.
+    for number in range(300) if SOAK else (*range(10), 235):
         draw = np.random.default_rng(number)
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -158,7 +158,7 @@ def _check_whole(path: Path, size: int, changed_ns: int) -> None:
             broken = archive.testzip()
             file.seek(-22, os.SEEK_END)  # to the record that ends an archive: Python does not look at its count
             count = int.from_bytes(file.read()[10:12], "little")
-        if broken or count != len(archive.namelist()):
+        if broken or not count or count != len(archive.namelist()):
             raise StudyError(f"{path} is damaged (in {broken or 'its table of contents'!r}); make it again.")
     elif path.suffix in _SEAL_WITHIN:
         at, said = _sealed(path)

@@ -83,7 +83,8 @@ def inductor_predictor(model: nn.Module, **config: object) -> Predictor:
     def predictor(images: np.ndarray) -> np.ndarray:
         if len(images) in compiled_for:
             return compiled(images)
-        settings = torch._inductor.config.patch(INDUCTOR | SILENT | config)  # `options` of torch.compile come too late to freeze
+        # `options` of torch.compile come too late to freeze.
+        settings = torch._inductor.config.patch(INDUCTOR | SILENT | config)
         with refused("Inductor does not compile it"), settings:
             answer = compiled(images)
         compiled_for.add(len(images))
