@@ -86,6 +86,7 @@ PARAMETERS: dict[str, Any] = {
     "recipe": RecipeName,
     "recipes": Annotated[list[RecipeName], Field(min_length=1)],
     "changes": list[Literal[*CHANGES]],
+    "together": Annotated[list[Literal[*CHANGES]], Field(min_length=1)],
     "seed": Seed,
     "seeds": Annotated[list[Seed], Field(min_length=1)],
     "data": Literal[*DATA_NAMES],

@@ -80,7 +80,9 @@ CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     "no_nesterov": lambda recipe: replace(recipe, nesterov=False),
     "clipping": lambda recipe: replace(recipe, clip_norm=1.0),
 }
-HEALTHY = ("zero_init", "lower_rate")  # the changes to `tuned` that ResNet50 needs, chosen on validation images
+# What to change in `tuned` for ResNet50: what helped most in short pilots (notebook 21), on validation images. With "zero_init",
+# which helped nearly as much, it trained worse there than with either alone.
+HEALTHY = ("lower_rate",)
 
 
 def changed(recipe: Recipe, changes: Iterable[str]) -> Recipe:
