@@ -182,11 +182,33 @@ def test_how_often_to_kill_is_a_whole_number():
         soak._command(["often"])
 
 
-def test_moments_are_all_over_the_study_and_know_the_notebook_that_ran():
-    begun = {"01_train": 5.0, "02_ptq": 50.0}
-    drawn = soak.moments(begun, 100.0, 20, np.random.default_rng(0))
+SPANS = {
+    "01_train": soak.Span(5, 50),
+    "02_ptq": soak.Span(51, 90),
+    "04_jit": soak.Span(52, 60),
+    "book": soak.Span(91, 109),
+}
+
+
+def test_moments_are_all_over_the_study_and_know_the_notebook_that_ran_longest():
+    drawn = soak.moments(SPANS, 20, np.random.default_rng(0))
     assert [int(moment.at // 5) for moment in drawn] == list(range(20))
     assert drawn[0].notebook == "" and drawn[0].after == drawn[0].at
-    assert {moment.notebook for moment in drawn[1:10]} == {"01_train"}
-    assert {moment.notebook for moment in drawn[10:]} == {"02_ptq"}
-    assert all(moment.at - moment.after == begun[moment.notebook] for moment in drawn[1:])
+    ran = [[name for name, span in SPANS.items() if span.begin <= moment.at < span.end] for moment in drawn[1:]]
+    assert ["02_ptq", "04_jit"] in ran
+    assert all(moment.notebook == names[0] for moment, names in zip(drawn[1:], ran, strict=True) if names)
+    assert all(moment.at - moment.after == SPANS[moment.notebook].begin for moment in drawn[1:])
+
+
+@pytest.mark.parametrize(
+    ("notebooks", "reached"),
+    [
+        (["02_ptq"], False),  # it has just begun
+        (["02_ptq", "04_jit"], False),  # which ran beside it then, too
+        (["02_ptq", "book"], True),
+        (["book"], True),  # it had ended before an earlier kill
+    ],
+)
+def test_a_moment_waits_as_long_as_its_notebook_ran_but_not_into_the_next_one(notebooks, reached):
+    study = SimpleNamespace(notebooks=lambda: notebooks, wait=lambda until: until())
+    assert soak.wait_for(study, soak.Moment(81, "02_ptq", 30), SPANS) == reached

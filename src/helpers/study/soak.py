@@ -5,6 +5,7 @@ the other one killed (20 times unless told otherwise), set beside a second study
 directory that nobody may write. The exit code is not 0 when anything differs from what is promised.
 """
 
+import math
 import os
 import re
 import shutil
@@ -12,9 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -37,6 +38,7 @@ DISK_MB = 2000  # of the disk that becomes full: the clone, all of its run, and 
 PATIENCE = 600  # seconds for a study to notice that it cannot write
 ORPHANS_LIVE = 10  # seconds at most that a notebook outlives its study
 STARTED = re.compile(r"^ *\d+ of (?P<jobs>\d+)  (?P<name>.+) \.\.\.$", re.MULTILINE)
+FINISHED = re.compile(r"^ *\d+ of \d+  (?P<name>.+): [\d.]+ min\b", re.MULTILINE)
 # What two runs on one machine may differ in. Values of `profile` are times, too, unless they count layers.
 MEASURED = (
     "median_ms p90_ms p95_ms cv speedup speedup_low speedup_high export_seconds first_call_ms seconds images_per_second"
@@ -71,6 +73,10 @@ class Study:
         """What it has started so far, as its console names it: notebooks with their models, and the book."""
         return [start["name"] for start in STARTED.finditer(self.console.read_text())]
 
+    def finished(self) -> list[str]:
+        """Those of `notebooks` that have ended."""
+        return [end["name"] for end in FINISHED.finditer(self.console.read_text())]
+
     def resumed(self) -> str:
         """Where it went on: the first notebook that it started, and how many were left to do then."""
         first = STARTED.search(self.console.read_text())
@@ -88,6 +94,14 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Span:
+    """When a notebook of the undisturbed study ran, in seconds after the study's start."""
+
+    begin: float
+    end: float = math.inf
+
+
+@dataclass(frozen=True)
 class Moment:
     """A moment of the undisturbed study: `at` seconds after its start, `after` seconds after that of `notebook` ("": before any)."""
 
@@ -96,38 +110,51 @@ class Moment:
     after: float
 
 
-def undisturbed(clone: Path) -> tuple[dict[str, float], float]:
-    """Run the study to its end: when each notebook started, and how long all took, in seconds. Raises StudyError when it stops."""
-    study, begun = Study(clone), {}
+def undisturbed(clone: Path) -> dict[str, Span]:
+    """Run the study to its end: when each notebook ran, in the order of their starts. Raises StudyError when it stops."""
+    study, spans = Study(clone), {}
 
     def look() -> bool:
         for name in study.notebooks():
-            begun.setdefault(name, study.seconds())
+            spans.setdefault(name, Span(study.seconds()))
+        for name in spans.keys() & {*study.finished()}:
+            spans[name] = replace(spans[name], end=min(spans[name].end, study.seconds()))
         return False
 
     study.wait(look)
+    look()
     if study.process.returncode:
         raise StudyError(f"The undisturbed study stopped, see {study.console}: {study.last_lines()}")
-    return begun, study.seconds()
+    return spans
 
 
-def moments(begun: dict[str, float], seconds: float, number: int, rng: np.random.Generator) -> list[Moment]:
-    """Random moments of the undisturbed study, in order: one in each of `number` equal parts, so that they are all over it."""
-    drawn = []
+def moments(spans: Mapping[str, Span], number: int, rng: np.random.Generator) -> list[Moment]:
+    """Random moments of the undisturbed study, in order: one in each of `number` equal parts, so that they are all over it.
+
+    The parts reach to the middle of what ran last: the disturbed study may be faster, and none is to come after its end.
+    Two notebooks may run at once; a moment belongs to the one that began first, because that one lasts when the study goes on.
+    """
+    drawn, last = [], [*spans.values()][-1]
     for part in range(number):
-        at = float(rng.uniform(part, part + 1)) * seconds / number
-        notebook = max((name for name in begun if begun[name] <= at), key=begun.__getitem__, default="")
-        drawn.append(Moment(at, notebook, at - begun.get(notebook, 0.0)))
+        at = float(rng.uniform(part, part + 1)) * (last.begin + last.end) / 2 / number
+        begun = [name for name, span in spans.items() if span.begin <= at]
+        running = [name for name in begun if at < spans[name].end]
+        notebook = [*begun[-1:], *running[:1]][-1] if begun else ""
+        drawn.append(Moment(at, notebook, at - spans[notebook].begin if notebook else at))
     return drawn
 
 
-def wait_for(study: Study, moment: Moment, begun: dict[str, float]) -> bool:
-    """Wait until the moment's notebook, or one that comes later, has run as long; whether the study is still running then."""
-    names = [*begun]
-    later = {*names[names.index(moment.notebook) :]} if moment.notebook else set()
+def wait_for(study: Study, moment: Moment, spans: Mapping[str, Span]) -> bool:
+    """Wait until the moment's notebook has run as long, or one that needs it begins; whether the study is still running then."""
+    if moment.notebook:
+        names, end = [*spans], spans[moment.notebook].end
+        later = {*names[names.index(moment.notebook) :]}
+        next_ones = {name for name in names if spans[name].begin >= end}
+    else:
+        later, next_ones = set(), {*spans}
     study.wait(lambda: not later or bool(later & {*study.notebooks()}))
     since = time.monotonic()
-    return study.wait(lambda: time.monotonic() - since >= moment.after)
+    return study.wait(lambda: time.monotonic() - since >= moment.after or bool(next_ones & {*study.notebooks()}))
 
 
 def kill(study: Study, group: bool) -> list[psutil.Process]:
@@ -210,7 +237,7 @@ def second_study(study: Study, clone: Path) -> str:
 
 
 def disturbed(
-    clone: Path, begun: dict[str, float], kinds: Sequence[tuple[str, Moment]], rng: np.random.Generator
+    clone: Path, spans: Mapping[str, Span], kinds: Sequence[tuple[str, Moment]], rng: np.random.Generator
 ) -> pd.DataFrame:
     """Run the study through all disturbances, then to its end.
 
@@ -220,11 +247,14 @@ def disturbed(
     lines: list[dict[str, object]] = []
     study, children = Study(clone), []
     for kind, moment in kinds:
-        running = wait_for(study, moment, begun)
+        running = wait_for(study, moment, spans)
         notebooks = study.notebooks()
         line = {"at": moment.at, "running": notebooks[-1] if notebooks else "", "happened": kind, "wrong": ""}
         if not running:
-            line["happened"] = "nothing: it had ended"
+            line |= {
+                "happened": "nothing",
+                "wrong": f"it had ended before it could be {kind}; start again on an idle machine",
+            }
         elif kind == "killed":
             group = bool(rng.integers(2))
             line["happened"] += ", with its group" if group else ", alone"
@@ -303,10 +333,10 @@ def soak(kills: int = KILLS, seed: int = SEED) -> list[str]:
             print(f"Without a full disk: {error}", flush=True)
         for folder in (calm, clone):
             clone_commit(folder)
-        begun, seconds = undisturbed(calm)
-        print(f"Undisturbed: {len(begun)} notebooks and pages in {seconds:.0f} s", flush=True)
-        happens = [*zip(rng.permutation(kinds).tolist(), moments(begun, seconds, len(kinds), rng), strict=True)]
-        table = disturbed(clone, begun, happens, rng)
+        spans = undisturbed(calm)
+        print(f"Undisturbed: {len(spans)} notebooks and pages in {[*spans.values()][-1].end:.0f} s", flush=True)
+        happens = [*zip(rng.permutation(kinds).tolist(), moments(spans, len(kinds), rng), strict=True)]
+        table = disturbed(clone, spans, happens, rng)
         print(table.round(1).to_string(index=False))
         wrong = [f"{line.running}, {line.happened}: {line.wrong}" for line in table.itertuples() if line.wrong]
         finished = (clone / RUN / "book" / "results" / "runs.json").exists()
