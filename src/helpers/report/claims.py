@@ -6,7 +6,7 @@ claim's (see `numbers_in` and `Verdict.knows`).
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -517,6 +517,30 @@ def _trimming_bytes(results: Results) -> list[Evidence]:
     return _archs(results, one)
 
 
+def _size(results: Results) -> list[Evidence]:
+    """How many times smaller NNCF's INT8 file is than FP32's, both OpenVINO IRs."""
+    of = results.tables["size"].query("runtime == 'openvino'").query("recipe == @results.recipe")
+    of = of.drop_duplicates(["arch", "arm"]).set_index(["arch", "arm"])
+
+    def one(arch: str) -> list[Evidence]:
+        if not {(arch, "fp32"), (arch, "ptq_nncf")} <= {*of.index}:
+            raise NotMeasured(f"{arch} has no two files")
+        fp32, int8 = (of.loc[(arch, arm)] for arm in ("fp32", "ptq_nncf"))
+        times = fp32.artifact_bytes / int8.artifact_bytes
+        found = [
+            Evidence(
+                f"{_label(arch)}: FP32's bytes over INT8's", times, np.nan, np.nan, "times", _within(times, times, 3.5)
+            )
+        ]
+        found += [
+            Evidence(f"{_label(arch)}: {name}", part.artifact_bytes / 1e6, np.nan, np.nan, "MB")
+            for name, part in (("FP32", fp32), ("INT8 (NNCF)", int8))
+        ]
+        return [replace(evidence, run_ids=(int8.run_id,)) for evidence in found]
+
+    return _archs(results, one)
+
+
 def _elsewhere(results: Results) -> list[tuple[str, str]]:
     """(run_id, machine) of benchmarks of ResNet18 on other machines. Raises NotMeasured without."""
     of = results.tables["latency"]
@@ -820,6 +844,13 @@ def _pt2e_wrapper(results: Results) -> list[Evidence]:
     return [_faster(results, int8, fp32, what, least=1.2)]
 
 
+def _pt2e_openvino(results: Results) -> list[Evidence]:
+    """The times of notebook 19: NNCF's INT8 in OpenVINO over Inductor's fastest INT8 there."""
+    nncf = results.setting_timing("resnet18", "nncf default", "openvino")
+    pt2e = results.setting_timing("resnet18", "pt2e freezing, C++ wrapper", "inductor")
+    return [_faster(results, nncf, pt2e, "INT8 in OpenVINO (NNCF) over INT8 in Inductor (PT2E, C++ wrapper)", least=2)]
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         "runtime-alone",
@@ -962,6 +993,24 @@ CLAIMS: tuple[Claim, ...] = (
         _pt2e_wrapper,
     ),
     Claim(
+        "pt2e-openvino",
+        "Even then INT8 by NNCF in OpenVINO is more than 2x faster than INT8 by PT2E in Inductor: ResNet18 at 32x32, one image a call.",
+        ("2",),
+        _pt2e_openvino,
+    ),
+    Claim(
+        "torchscript",
+        "TorchScript runs the FP32 models more than 1.2x faster than eager PyTorch: 32x32, one image a call, hot loop.",
+        ("1.2", "2"),
+        _speeds(("fp32", "torchscript"), EAGER, "TorchScript FP32 over eager FP32", least=1.2),
+    ),
+    Claim(
+        "size",
+        "INT8 files by NNCF are more than 3.5 times smaller than FP32's.",
+        ("3.5",),
+        _size,
+    ),
+    Claim(
         "trimming-exact",
         "Trimming changes no answer of the FP32 models.",
         ("32",),
@@ -1038,6 +1087,18 @@ CLAIMS: tuple[Claim, ...] = (
         "At 32x32, INT8's speed-up of ResNet18 over eager PyTorch is smaller when each call comes after 10 ms of rest.",
         ("10", "1", "2"),
         _changes(NNCF, EAGER, "INT8 (NNCF) over eager FP32", {"size": 32, **HOT}, {"size": 32, **RESTED}, False, ("resnet18",)),
+    ),
+    Claim(
+        "carry-rest-100",
+        "After 100 ms of rest INT8's speed-up of ResNet18 over eager PyTorch is smaller than hot, at 32x32 and at 224x224.",
+        ("100", "2"),
+        lambda results: [
+            evidence
+            for size in (32, 224)
+            for evidence in _changes(
+                NNCF, EAGER, "INT8 (NNCF) over eager FP32", {"size": size, **HOT}, {"size": size, "pace": "idle_100"}, False, ("resnet18",)
+            )(results)
+        ],
     ),
     Claim(
         "carry-rest-int8",
