@@ -75,6 +75,7 @@ SETTINGS = (
     _inductor("pt2e freezing, min-max", "observer_or_fake_quant_ctr=MinMaxObserver", observer="minmax"),
     _inductor("pt2e freezing, most images", "observer_or_fake_quant_ctr=an observer", observer="most_images"),
     _inductor("pt2e freezing, reduce range", "get_default_x86_...(reduce_range=True)", reduce_range=True),
+    _inductor("pt2e freezing, reduce range, C++ wrapper", "both lines", {"cpp_wrapper": True}, reduce_range=True),
     _inductor("pt2e freezing, per tensor", "qscheme=torch.per_tensor_symmetric", per_channel=False),
     _nncf("nncf default"),
     _nncf("nncf mixed", "preset=QuantizationPreset.MIXED", preset="mixed"),

@@ -250,7 +250,7 @@ def _batch_64(results: Results, a: tuple[str, str], b: tuple[str, str], what: st
 
 
 def _with(of: Evidence, status: str) -> Evidence:
-    return Evidence(**{**of.__dict__, "status": status})
+    return replace(of, status=status)
 
 
 def _nncf_cost(results: Results) -> list[Evidence]:
@@ -387,36 +387,35 @@ def _more_images(results: Results) -> list[Evidence]:
 
 def _cause(results: Results) -> list[Evidence]:
     """What the ranges of a collapsed ResNet50 do to a healthy one, and the healthy one's to it."""
-    of = results.tables["diagnosis"]
-    tests = of[of.check.str.startswith("test, ")]
-    if tests.empty:
-        raise NotMeasured("the cause was not looked for")
-    wide = tests.pivot_table(index="setting", columns="check", values="value")
-    n, run_ids = int(tests.n.min()), tuple(tests.run_id.unique())
-    found = []
-    for setting in ("ranges taken away", "ranges given"):
-        value, low, high = wide.loc[setting, ["test, points", "test, low", "test, high"]]
-        status = _within(low, high, 0)
-        found.append(Evidence(f"ResNet50: {setting}", value, low, high, POINTS, status, n, 1, "", run_ids))
-    return found
+    tests, rest = _tests(results, "test, ")
+    return [
+        Evidence(f"ResNet50: {setting}", *tests[setting], POINTS, _within(*tests[setting][1:], 0), *rest)
+        for setting in ("ranges taken away", "ranges given")
+    ]
+
+
+def _tests(results: Results, check: str) -> tuple[dict[str, tuple[float, float, float]], tuple[Any, ...]]:
+    """Tests of ResNet50 that a notebook kept as `check`points, `check`low and `check`high, by setting; and their n, seeds, machine and run_ids."""
+    of = results.tables["diagnosis"].query("arch == 'resnet50'")
+    of = of[of.check.str.startswith(check)]
+    if of.empty:
+        raise NotMeasured(f"no {check}was kept")
+    wide = of.pivot_table(index="setting", columns="check", values="value")
+    values = wide[[f"{check}{part}" for part in ("points", "low", "high")]]
+    rest = int(of.n.min()), of.seed.nunique(), "", tuple(of.run_id.unique())
+    return {str(setting): tuple(row) for setting, row in zip(values.index, values.to_numpy(), strict=True)}, rest
 
 
 def _pilots(results: Results) -> list[Evidence]:
     """What two changes to its recipe gain ResNet50's FP32 in pilots, each alone, and what each is worth beside the other."""
-    of = results.tables["diagnosis"].query("arch == 'resnet50'")
-    tests = of[of.check.str.startswith("pilot test, trains, ")]
-    if tests.empty:
-        raise NotMeasured("no pilots of ResNet50 were trained")
-    wide = tests.pivot_table(index="setting", columns="check", values="value")
-    ends = of.query("check == 'pilot' and setting == 'fp32'").groupby("recipe").value.mean()
-    rest = int(tests.n.min()), tests.seed.nunique(), "", tuple(tests.run_id.unique())
+    tests, rest = _tests(results, "pilot test, trains, ")
+    ends = results.tables["diagnosis"].query("arch == 'resnet50' and check == 'pilot' and setting == 'fp32'")
+    ends = ends.groupby("recipe").value.mean()
     found = []
     for change, label in (("lower_rate", "a quarter of the peak rate"), ("zero_init", "zero-initialised branches")):
         for where, bounds in (("added to tuned", {"least": 5}), ("taken from all together", {"most": 0})):
-            value, low, high = wide.loc[
-                f"{change}, {where}", [f"pilot test, trains, {x}" for x in ("points", "low", "high")]
-            ]
-            found.append(Evidence(f"{label}, {where}", value, low, high, POINTS, _within(low, high, **bounds), *rest))
+            test = tests[f"{change}, {where}"]
+            found.append(Evidence(f"{label}, {where}", *test, POINTS, _within(*test[1:], **bounds), *rest))
     for name in ("tuned", "lower_rate", "zero_init", "zero_init + lower_rate"):
         found.append(Evidence(f"FP32 of the pilot {name}", 100 * ends[name], np.nan, np.nan, "%", "holds", *rest))
     return found
@@ -496,47 +495,36 @@ def _trimming_exact(results: Results) -> list[Evidence]:
     return _archs(results, one)
 
 
-def _trimming_bytes(results: Results) -> list[Evidence]:
-    size = results.tables["size"]
-    size = size[size.runtime == "openvino"].drop_duplicates(["arch", "arm"]).set_index(["arch", "arm"])
+def _files(results: Results, arch: str, *arms: str) -> list[Evidence]:
+    """The size of OpenVINO's files of a model, in MB. Raises NotMeasured where one is missing."""
+    of = results.tables["size"].query("runtime == 'openvino' and arch == @arch and recipe == @results.recipe")
+    of = of.drop_duplicates("arm").set_index("arm")
+    if not {*arms} <= {*of.index}:
+        raise NotMeasured(f"{arch} has no files of {', '.join(arms)}")
+    return [
+        Evidence(f"{_label(arch)}: {arm_facts(arm).label}", size / 1e6, np.nan, np.nan, "MB", run_ids=(run_id,))
+        for arm, size, run_id in of.loc[[*arms], ["artifact_bytes", "run_id"]].itertuples()
+    ]
 
+
+def _trimming_bytes(results: Results) -> list[Evidence]:
     def one(arch: str) -> list[Evidence]:
-        if not {(arch, "ptq_nncf"), (arch, "trimmed_ptq_nncf")} <= {*size.index}:
-            raise NotMeasured(f"{arch} was not trimmed")
-        whole, cut = (size.loc[(arch, arm)] for arm in ("ptq_nncf", "trimmed_ptq_nncf"))
-        before, after = whole.artifact_bytes / 1e6, cut.artifact_bytes / 1e6
-        saved = 100 * (1 - after / before)
-        return [
-            Evidence(
-                f"{_label(arch)}: saved", saved, np.nan, np.nan, "%", _within(saved, saved, 10), run_ids=(cut.run_id,)
-            ),
-            Evidence(f"{_label(arch)}: trimmed", after, np.nan, np.nan, "MB", run_ids=(cut.run_id,)),
-            Evidence(f"{_label(arch)}: whole", before, np.nan, np.nan, "MB", run_ids=(whole.run_id,)),
-        ]
+        cut, whole = _files(results, arch, "trimmed_ptq_nncf", "ptq_nncf")
+        saved = 100 * (1 - cut.value / whole.value)
+        what, status = f"{_label(arch)}: saved", _within(saved, saved, 10)
+        return [Evidence(what, saved, np.nan, np.nan, "%", status, run_ids=cut.run_ids), cut, whole]
 
     return _archs(results, one)
 
 
 def _size(results: Results) -> list[Evidence]:
     """How many times smaller NNCF's INT8 file is than FP32's, both OpenVINO IRs."""
-    of = results.tables["size"].query("runtime == 'openvino'").query("recipe == @results.recipe")
-    of = of.drop_duplicates(["arch", "arm"]).set_index(["arch", "arm"])
 
     def one(arch: str) -> list[Evidence]:
-        if not {(arch, "fp32"), (arch, "ptq_nncf")} <= {*of.index}:
-            raise NotMeasured(f"{arch} has no two files")
-        fp32, int8 = (of.loc[(arch, arm)] for arm in ("fp32", "ptq_nncf"))
-        times = fp32.artifact_bytes / int8.artifact_bytes
-        found = [
-            Evidence(
-                f"{_label(arch)}: FP32's bytes over INT8's", times, np.nan, np.nan, "times", _within(times, times, 3.5)
-            )
-        ]
-        found += [
-            Evidence(f"{_label(arch)}: {name}", part.artifact_bytes / 1e6, np.nan, np.nan, "MB")
-            for name, part in (("FP32", fp32), ("INT8 (NNCF)", int8))
-        ]
-        return [replace(evidence, run_ids=(int8.run_id,)) for evidence in found]
+        fp32, int8 = _files(results, arch, "fp32", "ptq_nncf")
+        times = fp32.value / int8.value
+        what, status = f"{_label(arch)}: FP32's bytes over INT8's", _within(times, times, 3.5)
+        return [Evidence(what, times, np.nan, np.nan, "times", status, run_ids=int8.run_ids), fp32, int8]
 
     return _archs(results, one)
 
@@ -730,6 +718,14 @@ def _changes(
     return lambda results: _archs(results, lambda arch: one(results, arch), archs)
 
 
+def _after_100_ms(results: Results) -> list[Evidence]:
+    found: list[Evidence] = []
+    for size in (32, 224):
+        then, now = ({"size": size, "pace": pace} for pace in ("hot", "idle_100"))
+        found += _changes(NNCF, EAGER, "INT8 (NNCF) over eager FP32", then, now, False, ("resnet18",))(results)
+    return found
+
+
 def _not_shown_faster_after_a_rest(results: Results) -> list[Evidence]:
     of = _carried(results, "resnet18", NNCF, OPENVINO, "INT8 (NNCF) over OpenVINO FP32", size=32, **RESTED)
     return [_with(of, "fails" if of.low > SAME_WORK else "holds")]
@@ -791,22 +787,34 @@ def _keep_warm(results: Results) -> list[Evidence]:
     return found
 
 
-def _saturation(results: Results) -> list[Evidence]:
-    """Settings of notebook 19 with all 8 bits, and with 7 for weights or activations, in points over FP32 in the same runtime."""
-    run_id, right = results.setting_answers("resnet18")
-    if not sums_saturate(results.runs[run_id]["isa"]):
-        raise NotMeasured("8-bit products do not saturate on this CPU")
-    machine = results.setting_timing("resnet18", *EAGER)["machine"]
-    found = []
-    for bits, bounds in ((8, {"most": -4}), (7, {"least": -HALF_A_POINT})):
-        for setting, runtime in OF_BITS[bits].items():
-            if {(setting, runtime), ("fp32", runtime)} - right.keys():
-                raise NotMeasured(f"{setting} was not measured")
-            of = difference(right[setting, runtime], right["fp32", runtime])
-            what = f"ResNet18: {setting} ({bits} bits) minus FP32"
-            status = _within(of.low, of.high, **bounds)
-            found.append(Evidence(what, of.points, of.low, of.high, POINTS, status, of.n, 1, machine, (run_id,)))
-    return found
+def _settings(
+    results: Results, one: Callable[[str], Iterable[Evidence]], archs: Sequence[str] = ("resnet18",)
+) -> list[Evidence]:
+    """The evidence of every run of notebook 19 that has it. Raises NotMeasured when none has."""
+    return _archs(results, lambda arch: _archs(results, one, results.setting_runs(arch)), archs)
+
+
+def _eight_bits(results: Results, saturate: bool, bounds: Mapping[int, Mapping[str, float]]) -> list[Evidence]:
+    """Settings of notebook 19 with 8 or 7 bits for weights or activations, in points over FP32 in the same runtime.
+
+    saturate: on machines whose sums of 8-bit products saturate, or on the others. bounds: of the points, by number of bits.
+    """
+
+    def one(run_id: str) -> list[Evidence]:
+        if sums_saturate(results.runs[run_id]["isa"]) != saturate:
+            raise NotMeasured("this machine is of the other kind")
+        right, machine = results.setting_answers(run_id), results.setting_timing(run_id, *EAGER)["machine"]
+        found = []
+        for bits, bound in bounds.items():
+            for setting, runtime in OF_BITS[bits].items():
+                if {(setting, runtime), ("fp32", runtime)} - right.keys():
+                    raise NotMeasured(f"{setting} was not measured")
+                of = difference(right[setting, runtime], right["fp32", runtime])
+                what, status = f"ResNet18: {setting} ({bits} bits) minus FP32", _within(of.low, of.high, **bound)
+                found.append(Evidence(what, of.points, of.low, of.high, POINTS, status, of.n, 1, machine, (run_id,)))
+        return found
+
+    return _settings(results, one)
 
 
 OF_BITS = {
@@ -834,22 +842,18 @@ def _pt2e_freezing(results: Results) -> list[Evidence]:
     return found
 
 
-def _pt2e_wrapper(results: Results) -> list[Evidence]:
-    """INT8 by PT2E over FP32, both in Inductor with its C++ wrapper, by the times of notebook 19."""
-    int8, fp32 = (
-        results.setting_timing("resnet18", name, "inductor")
-        for name in ("pt2e freezing, C++ wrapper", "fp32, C++ wrapper")
-    )
-    what = "INT8 (PT2E) over FP32 in Inductor, both with the C++ wrapper"
-    return [_faster(results, int8, fp32, what, least=1.2)]
+def _setting_speed(
+    a: tuple[str, str], b: tuple[str, str], what: str, least: float, archs: Sequence[str] = ("resnet18",)
+) -> Callable[[Results], list[Evidence]]:
+    """A check of how many times faster one of notebook 19's settings is than another, on each machine."""
+
+    def one(results: Results, run_id: str) -> list[Evidence]:
+        return [_faster(results, *(results.setting_timing(run_id, *of) for of in (a, b)), what, least)]
+
+    return lambda results: _settings(results, lambda run_id: one(results, run_id), archs)
 
 
-def _pt2e_openvino(results: Results) -> list[Evidence]:
-    """The times of notebook 19: NNCF's INT8 in OpenVINO over Inductor's fastest INT8 there."""
-    nncf = results.setting_timing("resnet18", "nncf default", "openvino")
-    pt2e = results.setting_timing("resnet18", "pt2e freezing, C++ wrapper", "inductor")
-    return [_faster(results, nncf, pt2e, "INT8 in OpenVINO (NNCF) over INT8 in Inductor (PT2E, C++ wrapper)", least=2)]
-
+WRAPPED = "pt2e freezing, C++ wrapper", "inductor"
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
@@ -990,13 +994,13 @@ CLAIMS: tuple[Claim, ...] = (
         "pt2e-wrapper",
         "With Inductor's C++ wrapper, INT8 by PT2E is more than 1.2x faster than FP32: ResNet18 at 32x32, one image a call.",
         ("1.2",),
-        _pt2e_wrapper,
+        _setting_speed(WRAPPED, ("fp32, C++ wrapper", "inductor"), "INT8 (PT2E) over FP32 in Inductor, both with the C++ wrapper", 1.2),
     ),
     Claim(
         "pt2e-openvino",
         "INT8 by NNCF in OpenVINO is more than 2x faster than INT8 by PT2E in Inductor with its C++ wrapper: ResNet18 at 32x32, one image a call.",
         ("2",),
-        _pt2e_openvino,
+        _setting_speed(("nncf default", "openvino"), WRAPPED, "INT8 in OpenVINO (NNCF) over INT8 in Inductor (PT2E, C++ wrapper)", 2),
     ),
     Claim(
         "torchscript",
@@ -1092,13 +1096,7 @@ CLAIMS: tuple[Claim, ...] = (
         "carry-rest-100",
         "After 100 ms of rest INT8's speed-up of ResNet18 over eager PyTorch is smaller than hot, at 32x32 and at 224x224.",
         ("100", "2"),
-        lambda results: [
-            evidence
-            for size in (32, 224)
-            for evidence in _changes(
-                NNCF, EAGER, "INT8 (NNCF) over eager FP32", {"size": size, **HOT}, {"size": size, "pace": "idle_100"}, False, ("resnet18",)
-            )(results)
-        ],
+        _after_100_ms,
     ),
     Claim(
         "carry-rest-int8",
@@ -1135,7 +1133,7 @@ CLAIMS: tuple[Claim, ...] = (
         "On a CPU without VNNI, all 8 bits of weights and activations cost ResNet18 more than 4 points, and 7 bits of either less than half a "
         "point: ONNX Runtime (weights per channel), PT2E in Inductor, and NNCF in OpenVINO.",
         ("8", "4", "7"),
-        _saturation,
+        lambda results: _eight_bits(results, True, {8: {"most": -4}, 7: {"least": -HALF_A_POINT}}),
     ),
     Claim(
         "pt2e-freezing",

@@ -283,26 +283,31 @@ class Results:
             raise NotMeasured(f"no answers of {_name(row)} were kept")
         return right
 
-    def setting_answers(self, arch: str) -> tuple[str, dict[tuple[str, str], np.ndarray]]:
-        """Notebook 19's run_id, and which test images each setting got right: (name, runtime) -> bool [1, n]. Raises NotMeasured."""
-        run_id = run_name("19_settings", arch, self.recipe, 0)
-        stored = self._stored(run_id)
-        of = self.tables["yours"]
-        served = of[(of.run_id == run_id) & (of.reason == "")][["arm", "runtime"]].itertuples(index=False, name=None)
-        truth = self._truth({"arch": arch, "recipe": self.recipe}, 0)
-        if not stored or truth is None:
-            raise NotMeasured("the settings were not compared")
-        predicted = {way: stored[prediction_key(*way)] for way in served}
-        return run_id, {way: (classes == truth[: len(classes)])[None] for way, classes in predicted.items()}
+    def setting_runs(self, arch: str) -> list[str]:
+        """Notebook 19's runs of an architecture, each of a machine; the study's own first, others have longer run_ids. Raises NotMeasured."""
+        runs = [run_id for run_id in sorted(self.runs) if run_id.startswith(f"19_settings-{arch}-")]
+        if not runs:
+            raise NotMeasured(f"the settings were not compared on {arch}")
+        return runs
 
-    def setting_timing(self, arch: str, name: str, runtime: str) -> dict[str, Any]:
-        """The latency of one of notebook 19's settings on the most threads, as `timing` gives it. Raises NotMeasured."""
-        run_id = run_name("19_settings", arch, self.recipe, 0)
+    def setting_answers(self, run_id: str) -> dict[tuple[str, str], np.ndarray]:
+        """Which test images each setting of a run got right: (name, runtime) -> bool [1, n]. Raises NotMeasured."""
+        of, stored, model = self.tables["yours"], self._stored(run_id), self.runs[run_id]["parameters"]
+        served = of[(of.run_id == run_id) & (of.reason == "")][["arm", "runtime"]].itertuples(index=False, name=None)
+        truth = self._truth(model, model["seed"])
+        if not stored or truth is None:
+            raise NotMeasured(f"no answers of {run_id} were kept")
+        predicted = {way: stored[prediction_key(*way)] for way in served}
+        return {way: (classes == truth[: len(classes)])[None] for way, classes in predicted.items()}
+
+    def setting_timing(self, run_id: str, name: str, runtime: str) -> dict[str, Any]:
+        """The latency of a setting of a run on the most threads, as `timing` gives it. Raises NotMeasured."""
         of = self.tables["yours_latency"]
         of = of[(of.run_id == run_id) & (of.arm == name) & (of.runtime == runtime)]
         if of.empty:
             raise NotMeasured(f"{name} in {runtime} was not timed")
-        found = of.loc[of.threads.idxmax()].to_dict() | {"arch": arch, "recipe": RANDOM, "engine": ""}
+        found = of.loc[of.threads.idxmax()].to_dict()
+        found |= {"arch": self.runs[run_id]["parameters"]["arch"], "recipe": RANDOM, "engine": ""}
         return found | {"times": self._stored(run_id).get(times_key(found))}
 
     def compare(self, a: Row, b: Row, seeds: Iterable[int] = ()) -> Difference:
