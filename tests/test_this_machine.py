@@ -56,6 +56,8 @@ def test_this_machine_joins_the_published_results_and_nothing_else_changes(added
     assert len(here) == 2 and all((folder / "predictions" / f"{run_id}.npz").exists() for run_id in here)
     for table in (tables.machines(after), tables.machines_by_size(after)):
         assert machine_name(machine_facts()) in {*table[table.model == "ResNet34"].machine}
+        column = tables.side_by_side(table).query("model == 'ResNet34'").set_index("path")["AVX2, Unheard-of CPU"]
+        assert column["PyTorch: FP32"] == "8.00 ms" and column["OpenVINO: INT8 (NNCF)"] == "2.0 [1.0,\u00a03.0]"
     assert set(tables.machines(after).instructions) <= {
         "AMX",
         "AVX-512 VNNI",

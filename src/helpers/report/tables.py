@@ -345,18 +345,45 @@ def machines(results: Results) -> pd.DataFrame:
 
 
 def machines_by_size(results: Results) -> pd.DataFrame:
-    """How many times faster than eager FP32 on every machine that ran notebook 8, by image size, in a hot loop and rested."""
+    """How many times faster than eager FP32 on every machine that ran notebook 8, by image size, in a hot loop and rested.
+
+    Of several runs on one machine the first: the study's own before that of `make machine`.
+    """
     latency = results.tables["latency"]
     of = latency[latency.run_id.str.startswith("08_carry_over") & (latency.batch == 1)]
     of = of[of["size"].isin([32, 224]) & of.pace.isin(PACES)]
-    most_threads = of.groupby("run_id").threads.max()
-    lines: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in _by_instructions(results, of, PLAIN[1:]):
-        if row["threads"] == most_threads[row["run_id"]]:
-            key = (row["arch"], row["arm"], row["runtime"], row["machine"])
-            line = lines.setdefault(key, _named(row) | _machine(results, row))
-            line[f"{row['size']}x{row['size']}, {PACES[row['pace']]}, times"] = row["speedup"]
-    return _lines(lines.values())
+    of = of[of.threads == of.groupby("run_id").threads.transform("max")]
+    of = of.sort_values("run_id", kind="stable").drop_duplicates(["arch", "arm", "runtime", "machine", "size", "pace"])
+    return _lines(
+        _named(row)
+        | {"images": f"{row['size']}x{row['size']}, {PACES[row['pace']]}"}
+        | _machine(results, row)
+        | {"ms": row["median_ms"]}
+        | _speedup(row)
+        for row in _by_instructions(results, of, PLAIN)
+    )
+
+
+def side_by_side(machines: pd.DataFrame) -> pd.DataFrame:
+    """A table of `machines` or `machines_by_size` as text: a column for each machine, with times, and ms of the baseline."""
+    if machines.empty:
+        return machines
+    cpus = machines.machine.str.partition(",")[0].str.replace(r"\(\w+\)| Processor", "", regex=True)
+    names = machines.instructions + ", " + cpus
+    unique = machines.machine.groupby(names).transform("nunique") == 1
+    text = as_text(machines)
+    baseline = machines.path == path_label({"arm": "fp32", "runtime": "eager", "engine": ""})
+    cells = text["times [95 % CI]"].str.replace(", ", ",\u00a0").mask(baseline, text.ms + " ms")
+    rows = [column for column in ("model", "path", "images") if column in machines]
+    wide = text.assign(column=names.where(unique, machines.machine), cell=cells)
+    columns = wide.sort_values(
+        "instructions", key=lambda of: of.map(_WEAKEST_FIRST.index), kind="stable"
+    ).column.unique()
+    table = wide.set_index([*rows, "column"]).cell.unstack(fill_value="")[columns]
+    return table.loc[[*dict.fromkeys(wide[rows].itertuples(index=False, name=None))]].reset_index()
+
+
+_WEAKEST_FIRST = ["", *reversed(INSTRUCTIONS.values())]
 
 
 def _machine(results: Results, row: Row) -> dict[str, Any]:
@@ -366,14 +393,13 @@ def _machine(results: Results, row: Row) -> dict[str, Any]:
 
 def _by_instructions(results: Results, of: pd.DataFrame, paths: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """Rows of latency of these paths, a path at a time, the machine with the least instructions first."""
-    weakest_first = ["", *reversed(INSTRUCTIONS.values())]
     kept = [row for row in of.to_dict("records") if (row["arm"], row["runtime"]) in paths]
     return sorted(
         kept,
         key=lambda row: (
             row["arch"],
             paths.index((row["arm"], row["runtime"])),
-            weakest_first.index(_machine(results, row)["instructions"]),
+            _WEAKEST_FIRST.index(_machine(results, row)["instructions"]),
             row["machine"],
             row["size"],
         ),
