@@ -791,7 +791,10 @@ def _settings(
     results: Results, one: Callable[[str], Iterable[Evidence]], archs: Sequence[str] = ("resnet18",)
 ) -> list[Evidence]:
     """The evidence of every run of notebook 19 that has it. Raises NotMeasured when none has."""
-    return _archs(results, lambda arch: _archs(results, one, results.setting_runs(arch)), archs)
+    runs = [run_id for arch in archs for run_id in results.setting_runs(arch)]
+    if not runs:
+        raise NotMeasured("the settings were not compared")
+    return _archs(results, one, runs)
 
 
 def _eight_bits(results: Results, saturate: bool, bounds: Mapping[int, Mapping[str, float]]) -> list[Evidence]:

@@ -4,7 +4,8 @@ A number with an interval takes three columns: `x`, `x low` and `x high`. Accura
 percentage points, intervals at 95 %. What was not measured is NaN; a table of which nothing was measured is empty.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from helpers.machine import INSTRUCTIONS, instructions
-from helpers.report.results import ROW, Difference, NotMeasured, Results, Row, smallest
+from helpers.report.results import ROW, Difference, NotMeasured, Results, Row, difference, smallest
 from helpers.report.schema import (
     ARCH_LABELS,
     ARMS,
@@ -368,19 +369,41 @@ def side_by_side(machines: pd.DataFrame) -> pd.DataFrame:
     """A table of `machines` or `machines_by_size` as text: a column for each machine, with times, and ms of the baseline."""
     if machines.empty:
         return machines
-    cpus = machines.machine.str.partition(",")[0].str.replace(r"\(\w+\)| Processor", "", regex=True)
-    names = machines.instructions + ", " + cpus
-    unique = machines.machine.groupby(names).transform("nunique") == 1
     text = as_text(machines)
     baseline = machines.path == path_label({"arm": "fp32", "runtime": "eager", "engine": ""})
-    cells = text["times [95 % CI]"].str.replace(", ", ",\u00a0").mask(baseline, text.ms + " ms")
-    rows = [column for column in ("model", "path", "images") if column in machines]
-    wide = text.assign(column=names.where(unique, machines.machine), cell=cells)
-    columns = wide.sort_values(
-        "instructions", key=lambda of: of.map(_WEAKEST_FIRST.index), kind="stable"
-    ).column.unique()
-    table = wide.set_index([*rows, "column"]).cell.unstack(fill_value="")[columns]
-    return table.loc[[*dict.fromkeys(wide[rows].itertuples(index=False, name=None))]].reset_index()
+    times = text["times [95 % CI]"].str.replace(", ", ",\u00a0")
+    return _by_machine(text.assign(cell=times.mask(baseline, text.ms + " ms")), ["model", "path", "images"])
+
+
+def settings(results: Results) -> pd.DataFrame:
+    """Notebook 19's settings as text, with a column for each machine: points minus and times faster than its eager FP32."""
+    lines = []
+    for run_id in [run_id for arch in ARCH_LABELS for run_id in results.setting_runs(arch)]:
+        with suppress(NotMeasured):
+            right = results.setting_answers(run_id)
+            for (name, runtime), answers in right.items():
+                row, change = results.setting_timing(run_id, name, runtime), difference(answers, right["fp32", "eager"])
+                line = {"model": model_label(row["arch"]), "setting": name, "runtime": RUNTIMES[runtime]}
+                cell = f"{change.points:+.1f}, {row['speedup']:.1f}x"
+                lines.append(line | _machine(results, row) | {"cell": cell})
+    return _by_machine(_lines(lines), ["model", "setting", "runtime"])
+
+
+def _by_machine(lines: pd.DataFrame, rows: Sequence[str]) -> pd.DataFrame:
+    """`lines` with a column for each machine, named after its instructions and CPU, the one with the least instructions first.
+
+    rows: columns that stay, where `lines` has them. The others have to hold instructions, machine and cell.
+    """
+    if lines.empty:
+        return lines
+    kept = [column for column in rows if column in lines]
+    cpus = lines.machine.str.partition(",")[0].str.replace(r"\(\w+\)| Processor", "", regex=True)
+    names = lines.instructions + ", " + cpus
+    unique = lines.machine.groupby(names).transform("nunique") == 1
+    lines = lines.assign(column=names.where(unique, lines.machine))
+    by_strength = lines.sort_values("instructions", key=lambda of: of.map(_WEAKEST_FIRST.index), kind="stable")
+    wide = lines.set_index([*kept, "column"]).cell.unstack(fill_value="")[by_strength.column.unique()]
+    return wide.loc[[*dict.fromkeys(lines[kept].itertuples(index=False, name=None))]].reset_index()
 
 
 _WEAKEST_FIRST = ["", *reversed(INSTRUCTIONS.values())]

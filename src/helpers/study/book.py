@@ -117,6 +117,7 @@ def write_data(published: Results, book: Path, here: Results | None = None) -> N
         "readme": readme_table(published),
         "machines": tables.side_by_side(tables.machines(published)),
         "machines_by_size": tables.side_by_side(tables.machines_by_size(published)),
+        "settings": tables.settings(published),
         "reference1": tables.reference(published, 1),
         "reference2": tables.reference(published, 2),
         "reference_claims": tables.reference_claims(published),
