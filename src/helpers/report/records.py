@@ -151,13 +151,18 @@ def gather(run_dir: str, results: Path, keep: bool = False) -> None:
                 aside.write_bytes(path.read_bytes())
     for table, rows in tables.items():
         keys = [column for column in COLUMNS[table] if column not in ("accuracy", "median_ms")]
-        frame = pd.DataFrame(rows, columns=COLUMNS[table]).sort_values(keys, kind="stable")
+        frame = pd.DataFrame(rows, columns=COLUMNS[table]).sort_values(keys, kind="stable", key=_as_read)
         if "n" in frame:
             frame = frame.astype({"n": "Int64"})  # a count, also where a row of exports has none
         with whole_file(results / f"{table}.csv") as aside:
             frame.to_csv(aside, index=False)
     with whole_file(results / "runs.json") as aside:
         aside.write_text(json.dumps(runs, indent=1, sort_keys=True))
+
+
+def _as_read(column: pd.Series) -> pd.Series:
+    """A column to sort by: a record says True, a table that was read "True"."""
+    return column.astype(str) if column.dtype == object else column
 
 
 def _no_other_experiment(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
