@@ -133,7 +133,7 @@ def carry_over(results: Results) -> Figure | None:
         axis.axhline(1, color="grey", linewidth=1)
         axis.set(xlabel="height and width of the image, pixels", ylabel="times faster than PyTorch FP32")
         axis.set_xticks(sorted(of["size"].unique()))
-        axis.legend(fontsize=7.5)
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=7.5, loc="outside lower center", ncols=2)
     return figure
 
 
